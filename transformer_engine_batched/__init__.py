@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batched FP8 matrix products for NVIDIA Transformer Engine.
+
+Importing the package adds its names to Transformer Engine and touches no GPU.
+"""
+
+import torch as _torch  # noqa: F401  # loads the CUDA libraries that the extension links to
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        f"transformer_engine_batched's C++ extension cannot be loaded ({error}). In a checkout, build it "
+        "with `make build`; otherwise reinstall the package with `pip install --no-build-isolation .` in "
+        "an environment that has torch for CUDA 13."
+    ) from error
+
+from . import plugin as _plugin
+from ._version import __version__
+from .autotuning import autotune, clear_choices, list_choices, load_choices, save_choices
+from .emulation import emulate
+from .errors import UnsupportedError
+from .gemm import batched_general_gemm, bmm
+from .plan import limit_sms
+from .quantize import quantize
+
+_plugin.attach()
+
+__all__ = [
+    "UnsupportedError",
+    "__version__",
+    "autotune",
+    "batched_general_gemm",
+    "bmm",
+    "clear_choices",
+    "emulate",
+    "limit_sms",
+    "list_choices",
+    "load_choices",
+    "quantize",
+    "save_choices",
+]

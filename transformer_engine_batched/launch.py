@@ -1,0 +1,481 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is decided once for a kind of call, and the steps that each call takes.
+
+`Launch.prepare` turns described operands into a `Problem`, packed copies, an output buffer and epilogue
+steps; `Launch.run` carries them out on tensors. Checks of users' arguments are the caller's; a `Launch`
+is immutable and serves all calls of the same shapes, strides and types.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Callable, Optional
+
+import torch
+
+from .block_scales import item_scales
+from .operands import (
+    FoldedBatch,
+    Operand,
+    PackedCopy,
+    contiguous_strides,
+    fold_batch,
+    round_up,
+)
+from .plan import WORKSPACE_LIMIT_BYTES, CublasLtPlan, aligned_scalar, current_sm_count
+from .problem import Problem, element_bytes
+from .reference.product import TORCH_DTYPES, ReferencePlan
+from .support import (
+    Device,
+    fused_bias_dtype,
+    max_leading_dimension_bytes,
+    native_output_dtypes,
+    required_alignment,
+    supports_fp8_output,
+    supports_non_tn,
+)
+
+_PLANS = {"cublaslt": CublasLtPlan, "reference": ReferencePlan}
+_SCALE_MODES = {"float8": "tensor", "mxfp8": "block32"}
+
+
+@dataclass(frozen=True)
+class Input:
+    """One operand of a product as the caller has it.
+
+    Parameters
+    ----------
+    operand : Operand
+        The matrices that are multiplied (after any transposition), batch not yet broadcast.
+    dtype : str
+        Element type, "e4m3" and so on.
+    is_aligned : bool
+        Whether the first element lies at a multiple of 16 bytes.
+    scales : tuple, optional
+        MXFP8: (num_items, rows, cols, columnwise, swizzled) of the stored scales.
+    """
+
+    operand: Operand
+    dtype: str
+    is_aligned: bool = True
+    scales: Optional[tuple[int, int, int, bool, bool]] = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """The result as the caller wants it.
+
+    Parameters
+    ----------
+    dtype : str
+    given : Operand, optional
+        Where it lies, if the caller gave a buffer.
+    is_aligned : bool
+        Whether the given buffer starts at a multiple of 16 bytes.
+    fp8 : str, optional
+        FP8 type to be written with a scale known beforehand (delayed scaling).
+    """
+
+    dtype: str
+    given: Optional[Operand] = None
+    is_aligned: bool = True
+    fp8: Optional[str] = None
+
+
+@dataclass(frozen=True)
+class Extras:
+    """Everything else that decides a launch."""
+
+    fast_accumulation: bool = False
+    allow_tf32: bool = False
+    accumulate: bool = False
+    gelu: bool = False
+    bias_dtype: Optional[str] = None
+    bias_operand: Optional[Operand] = None  # [*batch, 1, n]
+    fuse_epilogue: bool = True
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A prepared product. See the module docstring."""
+
+    plan: object
+    folded: FoldedBatch
+    copy_a: Optional[Callable[[torch.Tensor], torch.Tensor]]
+    copy_b: Optional[Callable[[torch.Tensor], torch.Tensor]]
+    scales_a: Optional[Callable[[torch.Tensor], torch.Tensor]]
+    scales_b: Optional[Callable[[torch.Tensor], torch.Tensor]]
+    out_shape: tuple[int, ...]
+    out_dtype: torch.dtype
+    buffer_shape: Optional[tuple[int, ...]]  # of the buffer that D is cut from, if it is not `out`
+    buffer_dtype: torch.dtype
+    bias_is_fused: bool
+    gelu_is_fused: bool
+    gelu: bool
+    has_fp8_output: bool
+    arguments: dict  # of `prepare`
+
+    @classmethod
+    def prepare(
+        cls,
+        *,
+        fmt: str,
+        engine: str,
+        device: Device,
+        device_index: int,
+        a: Input,
+        b: Input,
+        out: Output,
+        batch_shape: tuple[int, ...],
+        extras: Extras,
+    ) -> "Launch":
+        """Decides copies, padding, output buffer and epilogue of ``a @ b``."""
+        arguments = {
+            "fmt": fmt,
+            "engine": engine,
+            "device": device,
+            "device_index": device_index,
+            "a": a,
+            "b": b,
+            "out": out,
+            "batch_shape": batch_shape,
+            "extras": extras,
+        }
+        alignment = required_alignment(fmt)
+        m, k, n = a.operand.rows, a.operand.cols, b.operand.cols
+        fp8_output = out.fp8 is not None and supports_fp8_output(
+            fmt, a.dtype, b.dtype, out.fp8, prod(batch_shape)
+        )
+        native = fp8_output or out.dtype in native_output_dtypes(fmt, a.dtype)
+        d_dtype = out.fp8 if fp8_output else out.dtype if native else "fp32"
+        n_multiple = max(1, alignment.n_bytes_multiple // element_bytes(d_dtype))
+        padded_n = round_up(n, n_multiple)
+
+        # Both contiguous along k is what every format takes; it is also what Hopper's FP8 insists on.
+        tn_only = not supports_non_tn(fmt, device)
+        limit = max_leading_dimension_bytes(device.cublaslt)
+        choose = _Chooser(alignment.address_multiple, tn_only, limit, repeat=fmt == "mxfp8")
+        a_operand, a_transposed, a_copy = choose.orient(
+            a, batch_shape, preferred=False, row_multiple=1, col_multiple=alignment.k_multiple
+        )
+        b_operand, b_transposed, b_copy = choose.orient(
+            b,
+            batch_shape,
+            preferred=True,
+            row_multiple=alignment.k_multiple,
+            col_multiple=n_multiple,
+        )
+
+        given = out.given
+        is_direct = native and padded_n == n
+        if given is not None and is_direct:
+            is_direct = _is_writable(given, d_dtype, alignment.address_multiple, out.is_aligned)
+        d_shape = (*batch_shape, m, padded_n)
+        d_operand = (
+            given
+            if is_direct and given is not None
+            else Operand.from_strides(d_shape, contiguous_strides(d_shape))
+        )
+
+        has_bias = extras.bias_operand is not None
+        fuse = extras.fuse_epilogue and padded_n == n and native
+        bias_is_fused = fuse and has_bias and extras.bias_dtype == fused_bias_dtype(fmt, d_dtype)
+        gelu_is_fused = fuse and extras.gelu and (bias_is_fused or not has_bias)
+        if fp8_output and (has_bias and not bias_is_fused or extras.gelu and not gelu_is_fused):
+            # What follows the product must precede its quantization: write high precision first.
+            return cls.prepare(**{**arguments, "out": Output(out.dtype)})
+
+        bias_strides = (
+            extras.bias_operand.expand(batch_shape).batch_strides
+            if bias_is_fused
+            else (0,) * len(batch_shape)
+        )
+        folded = fold_batch(
+            batch_shape,
+            a_operand.batch_strides,
+            b_operand.batch_strides,
+            d_operand.batch_strides,
+            bias_strides,
+        )
+        scale_mode = _SCALE_MODES.get(fmt, "none")
+        strides = folded.strides
+        problem = Problem(
+            batch=folded.size,
+            m=m,
+            n=padded_n,
+            k=round_up(k, alignment.k_multiple),
+            a=a_operand.matrix(a.dtype, scale_mode, strides[0], a_transposed),
+            b=b_operand.matrix(b.dtype, scale_mode, strides[1], b_transposed),
+            d=d_operand.matrix(d_dtype, "tensor" if fp8_output else "none", strides[2], False),
+            epilogue=_EPILOGUES[bias_is_fused, gelu_is_fused],
+            bias_dtype=extras.bias_dtype if bias_is_fused else "bf16",
+            bias_batch_stride=strides[3],
+            accumulate=extras.accumulate,
+            fast_accumulation=extras.fast_accumulation and fmt in ("float8", "mxfp8"),
+            allow_tf32=extras.allow_tf32,
+            amax_d=fp8_output,
+            device=device_index,
+            sm_count=current_sm_count(device_index) if engine == "cublaslt" else 0,
+            workspace_limit=WORKSPACE_LIMIT_BYTES,
+        )
+        return cls(
+            plan=_PLANS[engine](problem),
+            folded=folded,
+            copy_a=None if a_copy is None else _make_copy(a.operand, a_copy),
+            copy_b=None if b_copy is None else _make_copy(b.operand, b_copy),
+            scales_a=_make_scales(a, batch_shape),
+            scales_b=_make_scales(b, batch_shape),
+            out_shape=(*batch_shape, m, n),
+            out_dtype=TORCH_DTYPES[out.dtype],
+            buffer_shape=None if is_direct else d_shape,
+            buffer_dtype=torch.uint8 if fp8_output else TORCH_DTYPES[d_dtype],
+            bias_is_fused=bias_is_fused,
+            gelu_is_fused=gelu_is_fused,
+            gelu=extras.gelu,
+            has_fp8_output=fp8_output,
+            arguments=arguments,
+        )
+
+    def unfused(self) -> Optional["Launch"]:
+        """The launch with bias and GELU after the product; None if nothing is fused."""
+        if not (self.bias_is_fused or self.gelu_is_fused):
+            return None
+        extras = replace(self.arguments["extras"], fuse_epilogue=False)
+        return Launch.prepare(**{**self.arguments, "extras": extras})
+
+    def run(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        *,
+        scale_inv_a: Optional[torch.Tensor] = None,
+        scale_inv_b: Optional[torch.Tensor] = None,
+        scale_d: Optional[torch.Tensor] = None,
+        amax_d: Optional[torch.Tensor] = None,
+        out: Optional[torch.Tensor] = None,
+        bias: Optional[torch.Tensor] = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        autotune: Optional[bool] = None,
+    ) -> torch.Tensor:
+        """Multiplies; returns `out`, a new tensor, or the FP8 codes.
+
+        `a` and `b` hold the elements at the strides that were described. `bias` has the dtype that was
+        described and is ``[n]`` or ``[*batch, n]``.
+        """
+        if self.copy_a is not None:
+            a = self.copy_a(a)
+        if self.copy_b is not None:
+            b = self.copy_b(b)
+        if self.scales_a is not None:
+            scale_inv_a = self.scales_a(scale_inv_a)
+            scale_inv_b = self.scales_b(scale_inv_b)
+        elif scale_inv_a is not None:
+            scale_inv_a = aligned_scalar(scale_inv_a)
+            scale_inv_b = aligned_scalar(scale_inv_b)
+        if self.buffer_shape is not None:
+            d = a.new_empty(self.buffer_shape, dtype=self.buffer_dtype)
+            if beta != 0.0:
+                d[..., : self.out_shape[-1]].copy_(out)
+        elif out is None:
+            d = out = a.new_empty(self.out_shape, dtype=self.buffer_dtype)
+        else:
+            d = out
+        amax_target = amax_d
+        if self.has_fp8_output:
+            scale_d = aligned_scalar(scale_d)
+            amax_target = aligned_scalar(amax_d)
+        for offsets in self.folded.offsets:
+            self.plan.run(
+                a,
+                b,
+                d,
+                offsets=offsets,
+                scale_inv_a=scale_inv_a,
+                scale_inv_b=scale_inv_b,
+                scale_d=scale_d,
+                amax_d=amax_target,
+                bias=bias if self.bias_is_fused else None,
+                alpha=alpha,
+                beta=beta,
+                autotune=autotune,
+            )
+        if amax_target is not amax_d:
+            amax_d.copy_(amax_target)
+        if self.buffer_shape is not None:
+            d = d[..., : self.out_shape[-1]]
+        _apply_epilogue(
+            d, None if self.bias_is_fused else bias, self.gelu and not self.gelu_is_fused
+        )
+        if self.buffer_shape is not None:
+            if out is None:
+                out = a.new_empty(self.out_shape, dtype=self.out_dtype)
+            out.copy_(d)
+        return out
+
+
+@dataclass(frozen=True)
+class EmptyLaunch:
+    """A product without elements to multiply: ``beta * out``, then bias and GELU. Call as `Launch`."""
+
+    out_shape: tuple[int, ...]
+    out_dtype: torch.dtype
+    gelu: bool
+    has_fp8_output: bool = False
+
+    def run(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,  # pylint: disable=unused-argument # the call is that of `Launch`
+        *,
+        out: Optional[torch.Tensor] = None,
+        bias: Optional[torch.Tensor] = None,
+        beta: float = 0.0,
+        **_: object,
+    ) -> torch.Tensor:
+        """Returns `out` or a new tensor."""
+        if out is None:
+            out = a.new_zeros(self.out_shape, dtype=self.out_dtype)
+        elif beta == 0.0:
+            out.zero_()
+        else:
+            out.mul_(beta)
+        _apply_epilogue(out, bias, self.gelu)
+        return out
+
+
+def _apply_epilogue(d: torch.Tensor, bias: Optional[torch.Tensor], gelu: bool) -> None:
+    """Bias and GELU in place, where they are not part of the product."""
+    if bias is not None:
+        d.add_(bias if bias.dim() == 1 else bias.unsqueeze(-2))
+    if gelu:
+        d.copy_(torch.nn.functional.gelu(d, approximate="tanh"))
+
+
+_EPILOGUES = {
+    (False, False): "none",
+    (True, False): "bias",
+    (False, True): "gelu",
+    (True, True): "gelu_bias",
+}
+
+
+@dataclass(frozen=True)
+class _Chooser:
+    """Reads an operand where it lies if the library takes that, else from a packed copy."""
+
+    address_multiple: int
+    tn_only: bool
+    max_ld_bytes: Optional[int]
+    repeat: bool  # block scales are per item, so a broadcast operand is repeated
+
+    def orient(
+        self,
+        x: Input,
+        batch_shape: tuple[int, ...],
+        *,
+        preferred: bool,
+        row_multiple: int,
+        col_multiple: int,
+    ) -> tuple[Operand, bool, Optional[PackedCopy]]:
+        """(operand as read, whether it is transposed, the copy to make or None)."""
+        operand = x.operand.expand(batch_shape)
+        transposed = operand.choose_orientation(preferred)
+        fits = (
+            transposed is not None
+            and (transposed == preferred or not self.tn_only)
+            and operand.rows % row_multiple == 0
+            and operand.cols % col_multiple == 0
+            and self._has_good_addresses(x, operand, transposed)
+            and not (self.repeat and self._is_broadcast(operand))
+        )
+        if fits:
+            return operand, transposed, None
+        copy = operand.packed(
+            transposed=preferred,
+            row_multiple=row_multiple,
+            col_multiple=col_multiple,
+            repeat=self.repeat,
+        )
+        return copy.operand, preferred, copy
+
+    @staticmethod
+    def _is_broadcast(operand: Operand) -> bool:
+        return any(
+            size > 1 and stride == 0
+            for size, stride in zip(operand.batch_shape, operand.batch_strides)
+        )
+
+    def _has_good_addresses(self, x: Input, operand: Operand, transposed: bool) -> bool:
+        size = element_bytes(x.dtype)
+        ld_bytes = operand.leading_dimension(transposed) * size
+        if self.max_ld_bytes is not None and ld_bytes > self.max_ld_bytes:
+            return False
+        if self.address_multiple == 1:
+            return True
+        steps = [ld_bytes] + [
+            stride * size
+            for count, stride in zip(operand.batch_shape, operand.batch_strides)
+            if count > 1
+        ]
+        return x.is_aligned and all(step % self.address_multiple == 0 for step in steps)
+
+
+def _is_writable(out: Operand, dtype: str, address_multiple: int, is_aligned: bool) -> bool:
+    """Whether the library can write to the caller's buffer where it lies."""
+    if not out.fits(False):
+        return False
+    if address_multiple == 1:
+        return True
+    size = element_bytes(dtype)
+    steps = [out.leading_dimension(False) * size] + [
+        stride * size for count, stride in zip(out.batch_shape, out.batch_strides) if count > 1
+    ]
+    return is_aligned and all(step % address_multiple == 0 for step in steps)
+
+
+def _make_copy(source: Operand, copy: PackedCopy) -> Callable[[torch.Tensor], torch.Tensor]:
+    """One packed copy of an operand, padding zeroed: zero codes add nothing to a product."""
+    base = source.expand(copy.base_shape)
+    rows, cols = (source.cols, source.rows) if copy.transposed else (source.rows, source.cols)
+    row_stride, col_stride = (
+        (source.col_stride, source.row_stride)
+        if copy.transposed
+        else (source.row_stride, source.col_stride)
+    )
+    shape = (*copy.base_shape, rows, cols)
+    strides = (*base.batch_strides, row_stride, col_stride)
+    padded_rows, padded_cols = copy.stored_shape[-2:]
+
+    def make(data: torch.Tensor) -> torch.Tensor:
+        packed = data.new_empty(copy.stored_shape)
+        if padded_rows > rows:
+            packed[..., rows:, :].zero_()
+        if padded_cols > cols:
+            packed[..., cols:].zero_()
+        packed[..., :rows, :cols].copy_(data.as_strided(shape, strides, data.storage_offset()))
+        return packed
+
+    return make
+
+
+def _make_scales(
+    x: Input, batch_shape: tuple[int, ...]
+) -> Optional[Callable[[torch.Tensor], torch.Tensor]]:
+    """Block scales packed per item of the broadcast batch."""
+    if x.scales is None:
+        return None
+    num_items, rows, cols, columnwise, swizzled = x.scales
+    own_shape = (1,) * (len(batch_shape) - len(x.operand.batch_shape)) + x.operand.batch_shape
+
+    def make(scales: torch.Tensor) -> torch.Tensor:
+        packed = item_scales(
+            scales, num_items=num_items, rows=rows, cols=cols, columnwise=columnwise, swizzled=swizzled
+        )
+        if own_shape == batch_shape:
+            return packed
+        repeated = packed.reshape(*own_shape, -1).expand(*batch_shape, -1)
+        return repeated.reshape(prod(batch_shape), -1).contiguous()
+
+    return make

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cublaslt engine: a problem becomes a launch with workspace and algorithm choice.
+
+Takes a `Problem` and tensors whose memory it describes. The C++ layer keeps handles, descriptors and
+algorithms per thread and device; here are the device's properties, the SM limit, the workspace and the
+call. Must not import TE.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from typing import Iterator, Optional
+
+import torch
+
+from . import _C, autotuning
+from .native import to_native
+from .problem import Problem, element_bytes
+from .support import CPU, Device, scalar_scale_alignment
+
+# TE gives cuBLAS 32 MiB on Hopper and later (pytorch/cpp_extensions/gemm.py); algorithms that want more
+# are not offered. Most of those offered want none, or 4 bytes for a tile counter.
+WORKSPACE_LIMIT_BYTES = 32 * 1024 * 1024
+
+_current_raw_stream = torch._C._cuda_getCurrentRawStream if torch.version.cuda else None
+
+
+@lru_cache(maxsize=None)
+def loaded_cublaslt_version() -> int:
+    """Version of the cuBLASLt library in this process, e.g. 130100."""
+    return _C.loaded_version()
+
+
+@lru_cache(maxsize=None)
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        properties.name, (properties.major, properties.minor), loaded_cublaslt_version()
+    )
+
+
+def describe_device(device: torch.device) -> Device:
+    """What the support table needs to know of a torch device."""
+    if device.type == "cuda":
+        return _cuda_device(device.index)
+    return CPU if device.type == "cpu" else Device(device.type)
+
+
+@lru_cache(maxsize=None)
+def _num_sms(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+_sm_limit: ContextVar[int] = ContextVar("transformer_engine_batched_sm_limit", default=0)
+
+
+@contextmanager
+def limit_sms(count: int) -> Iterator[None]:
+    """Leaves streaming multiprocessors (SMs) to others, e.g. to communication kernels.
+
+    Products launched inside are planned for `count` SMs of the device. Outside, TE's environment variable
+    ``NVTE_EXT_MARGIN_SM`` holds: the number of SMs to leave free.
+
+    Parameters
+    ----------
+    count : int
+        SMs to use, at least 1; more than the device has means all.
+
+    Examples
+    --------
+    >>> with teb.limit_sms(100):
+    ...     out = teb.bmm(a, b)
+    """
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"limit_sms(count={count!r}): expected an integer of at least 1")
+    token = _sm_limit.set(count)
+    try:
+        yield
+    finally:
+        _sm_limit.reset(token)
+
+
+def current_sm_count(device_index: int) -> int:
+    """SMs to plan for; 0 for all."""
+    limit = _sm_limit.get()
+    if limit:
+        return limit if limit < _num_sms(device_index) else 0
+    margin = os.environ.get("NVTE_EXT_MARGIN_SM")
+    if margin is None:
+        return 0
+    count = _num_sms(device_index) - int(margin)
+    return count if 0 < count < _num_sms(device_index) else 0
+
+
+def aligned_scalar(scalar: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+    """A per-tensor scale at an address that the loaded library takes; a copy if it has to be."""
+    if scalar is None or scalar.data_ptr() % scalar_scale_alignment(loaded_cublaslt_version()) == 0:
+        return scalar
+    return scalar.clone()
+
+
+class CublasLtPlan:
+    """Runs one problem on tensors of one device. Immutable but for what it learned; thread-safe."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.native = to_native(problem)
+        self._bytes = tuple(element_bytes(x.dtype) for x in (problem.a, problem.b, problem.d))
+        self._bias_bytes = element_bytes(problem.bias_dtype)
+        # Learned at the first launch. Two threads may learn it twice; the larger one wins.
+        self._workspace_bytes = 0
+
+    def run(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        d: torch.Tensor,
+        *,
+        offsets: tuple[int, int, int, int] = (0, 0, 0, 0),
+        scale_inv_a: Optional[torch.Tensor] = None,
+        scale_inv_b: Optional[torch.Tensor] = None,
+        scale_d: Optional[torch.Tensor] = None,
+        amax_d: Optional[torch.Tensor] = None,
+        bias: Optional[torch.Tensor] = None,
+        alpha: float = 1.0,
+        beta: float = 0.0,
+        autotune: Optional[bool] = None,
+    ) -> None:
+        """Launches on the current stream; does not wait.
+
+        `offsets` are those of a, b, d and bias in elements. The workspace comes from torch's caching
+        allocator for this launch alone: safe across streams and in graph capture.
+        """
+        offset_a, offset_b, offset_d, offset_bias = offsets
+        bytes_a, bytes_b, bytes_d = self._bytes
+        pointers = (
+            a.data_ptr() + offset_a * bytes_a,
+            b.data_ptr() + offset_b * bytes_b,
+            d.data_ptr() + offset_d * bytes_d,
+            0 if scale_inv_a is None else scale_inv_a.data_ptr(),
+            0 if scale_inv_b is None else scale_inv_b.data_ptr(),
+            0 if scale_d is None else scale_d.data_ptr(),
+            0 if amax_d is None else amax_d.data_ptr(),
+            0 if bias is None else bias.data_ptr() + offset_bias * self._bias_bytes,
+        )
+        if autotuning.is_active() if autotune is None else autotune:
+            autotuning.tune(self.problem, self.native, pointers, d, alpha, beta)
+        index = self.problem.device
+        stream = _current_raw_stream(index)
+        while True:
+            size = self._workspace_bytes
+            workspace = torch.empty(size, dtype=torch.uint8, device=d.device) if size else None
+            needed = _C.matmul(
+                self.native,
+                *pointers,
+                alpha,
+                beta,
+                0 if workspace is None else workspace.data_ptr(),
+                size,
+                stream,
+            )
+            if not needed:
+                return
+            self._workspace_bytes = max(self._workspace_bytes, needed)
