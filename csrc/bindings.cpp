@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <cstring>
 
 #include "context.h"
@@ -67,6 +68,19 @@ void store_choice_bytes(const Problem& problem, const Alignment& alignment,
   store_choice(problem, alignment, algo);
 }
 
+// TE's setting for all its GEMMs: streaming multiprocessors to leave free. Read at each call, as TE does.
+int sm_margin() {
+  const char* const value = std::getenv("NVTE_EXT_MARGIN_SM");
+  return value == nullptr ? 0 : std::atoi(value);
+}
+
+// CUDA version that the driver supports, e.g. 13000; 0 without a driver.
+int driver_version() {
+  int version = 0;
+  check_status(cudaDriverGetVersion(&version), "cudaDriverGetVersion");
+  return version;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -122,6 +136,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("store_choice", &store_choice_bytes);
   m.def("clear_choices", &clear_choices);
   m.def("num_plans", [](int device) { return Context::current(device).num_plans(); });
+  m.def("sm_margin", &sm_margin);
+  m.def("driver_version", &driver_version);
   m.def("compiled_version", [] { return static_cast<size_t>(CUBLAS_VERSION); });
   m.def("loaded_version", [] { return cublasLtGetVersion(); });
 }

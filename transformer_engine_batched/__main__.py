@@ -21,7 +21,7 @@ def format_cublaslt_version(version: int) -> str:
 
 def collect_versions() -> dict[str, str]:
     """Versions of everything that a result depends on."""
-    driver = torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else None
+    driver = _C.driver_version()
     return {
         "transformer_engine_batched": __version__,
         "Transformer Engine": metadata.version("transformer_engine"),
@@ -29,7 +29,7 @@ def collect_versions() -> dict[str, str]:
         "Python": platform.python_version(),
         "cuBLASLt compiled against": format_cublaslt_version(_C.compiled_version()),
         "cuBLASLt loaded": format_cublaslt_version(_C.loaded_version()),
-        "CUDA driver API": "none" if driver is None else f"{driver // 1000}.{driver % 1000 // 10}",
+        "CUDA driver API": "none" if driver == 0 else f"{driver // 1000}.{driver % 1000 // 10}",
     }
 
 
@@ -42,7 +42,9 @@ def print_info() -> None:
     for device in devices:
         info = describe_device(device)
         capability = (
-            f", compute capability {info.capability[0]}.{info.capability[1]}" if info.is_cuda else ""
+            f", compute capability {info.capability[0]}.{info.capability[1]}"
+            if info.is_cuda
+            else ""
         )
         print(f"\n{device}: {info.name}{capability}")
         for fmt in FORMATS:

@@ -159,9 +159,7 @@ def _time_algorithms(
     return [median(values) for values in samples]
 
 
-def _store(
-    problem: Problem, alignment: tuple[int, ...], native: _C.Problem, choice: dict
-) -> None:
+def _store(problem: Problem, alignment: tuple[int, ...], native: _C.Problem, choice: dict) -> None:
     _C.store_choice(native, list(alignment), bytes.fromhex(choice["algorithm"]))
     _choices[(problem, alignment)] = choice
 

@@ -115,8 +115,11 @@ def tile_offset(outer_index: Index, inner_index: Index, outer: int, inner: int) 
     )
     row_in_tile = outer_index % _GROUP
     group = outer_index % TILE_OUTER // _GROUP
-    return tile + row_in_tile * (_GROUPS * TILE_INNER) + group * TILE_INNER + (
-        inner_index % TILE_INNER
+    return (
+        tile
+        + row_in_tile * (_GROUPS * TILE_INNER)
+        + group * TILE_INNER
+        + (inner_index % TILE_INNER)
     )
 
 

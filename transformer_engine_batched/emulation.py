@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Iterator, Optional
+from typing import Iterator, NamedTuple, Optional
 
 
-@dataclass(frozen=True)
-class Emulation:
+class Emulation(NamedTuple):
     """State of the switch."""
 
     enabled: bool = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional, Union
 
 import torch
 
@@ -256,30 +256,43 @@ def _multiply(
     allow_tf32: Optional[bool] = None,
 ) -> torch.Tensor:
     """``left @ right`` with everything around it."""
-    _check_gradients(left, right, out, bias)
-    alpha, beta = _check_factors(alpha, beta, accumulate)
+    if torch.is_grad_enabled():
+        _check_gradients(left.x, left.name)
+        _check_gradients(right.x, right.name)
+        if out is not None:
+            _check_gradients(out, "out")
+        if bias is not None:
+            _check_gradients(bias, "bias")
+    if alpha != 1.0 or beta is not None or accumulate:
+        alpha, beta = _check_factors(alpha, beta, accumulate)
+        if accumulate and out is None:
+            raise ValueError(
+                "accumulate=True adds to what is in `out`, but no `out` was given: pass it, or leave "
+                "accumulate at False"
+            )
+    else:
+        beta = 0.0
+    fp8_output = None
     if quantizer is not None or out is not None:
         _check_destination(quantizer, out, accumulate, out_dtype)
+        if quantizer is not None and is_delayed_quantizer(quantizer):
+            fp8_output = quantizer_fp8_dtype(quantizer)
     if out is not None:
         out_dtype = out.dtype
     elif out_dtype is None:
         out_dtype = nominal_dtype(nominal)
-    if accumulate and out is None:
-        raise ValueError(
-            "accumulate=True adds to what is in `out`, but no `out` was given: pass it, or leave "
-            "accumulate at False"
-        )
+    left_codes, right_codes = left.codes, right.codes
+    left_data, right_data = left_codes.data, right_codes.data
     if allow_tf32 is None:
-        allow_tf32 = left.codes.fmt == "fp32" and torch.backends.cuda.matmul.allow_tf32
+        allow_tf32 = left_codes.fmt == "fp32" and torch.backends.cuda.matmul.allow_tf32
     emulation = current_emulation()
-    fp8_output = (
-        quantizer_fp8_dtype(quantizer)
-        if quantizer is not None and is_delayed_quantizer(quantizer) and not accumulate
-        else None
-    )
+    device_index = left_data.get_device()
     key = (
-        _signature(left),
-        _signature(right),
+        left_codes[0], left_codes[1], left_codes[4:],
+        left_data.shape, left_data.stride(), left_data.data_ptr() % 16, left.transposed,
+        right_codes[0], right_codes[1], right_codes[4:],
+        right_data.shape, right_data.stride(), right_data.data_ptr() % 16, right.transposed,
+        device_index, right_data.get_device(),
         out_dtype,
         None if out is None else (out.shape, out.stride(), out.data_ptr() % 16, out.get_device()),
         None if bias is None else (bias.shape, bias.stride(), bias.dtype, bias.get_device()),
@@ -289,27 +302,18 @@ def _multiply(
         use_split_accumulator,
         allow_tf32,
         emulation,
-        current_sm_count(left.codes.data.get_device()) if left.codes.data.is_cuda else 0,
-    )
+        current_sm_count(device_index) if device_index >= 0 else 0,
+    )  # fmt: skip
     launch = _launches.get(key)
     if launch is None:
+        extras = Extras(
+            fast_accumulation=not use_split_accumulator,
+            allow_tf32=allow_tf32,
+            accumulate=beta != 0.0,
+            gelu=gelu,
+        )
         launch = _remember(
-            key,
-            _prepare(
-                left,
-                right,
-                out_dtype,
-                out,
-                bias,
-                fp8_output,
-                Extras(
-                    fast_accumulation=not use_split_accumulator,
-                    allow_tf32=allow_tf32,
-                    accumulate=beta != 0.0,
-                    gelu=gelu,
-                ),
-                emulation,
-            ),
+            key, _prepare(left, right, out_dtype, out, bias, fp8_output, extras, emulation)
         )
     if out is not None:
         _check_aliasing(out, left, right, bias)
@@ -317,7 +321,7 @@ def _multiply(
         return _multiply_decoded(
             left,
             right,
-            out_dtype=out_dtype,
+            out_dtype=out_dtype if out is None else None,
             nominal=nominal,
             quantizer=quantizer,
             gelu=gelu,
@@ -329,27 +333,36 @@ def _multiply(
             use_split_accumulator=use_split_accumulator,
             autotune=autotune,
         )
-    has_fp8_output = launch.has_fp8_output
-    arguments = {
-        "scale_inv_a": left.codes.scale_inv,
-        "scale_inv_b": right.codes.scale_inv,
-        "scale_d": quantizer.scale if has_fp8_output else None,
-        "amax_d": quantizer.amax if has_fp8_output else None,
-        "out": out,
-        "bias": bias,
-        "alpha": alpha,
-        "beta": beta,
-        "autotune": autotune,
-    }
+    arguments = (
+        left_data, right_data, left_codes.scale_inv, right_codes.scale_inv, quantizer, out, bias,
+        alpha, beta, autotune,
+    )  # fmt: skip
     try:
-        result = launch.run(left.codes.data, right.codes.data, **arguments)
+        result = launch.run(*arguments)
     except _C.NotSupportedError as error:
         launch = _remember(key, _without_fused_epilogue(launch, error))
-        result = launch.run(left.codes.data, right.codes.data, **arguments)
-        has_fp8_output = launch.has_fp8_output
-    if has_fp8_output:
+        result = launch.run(*arguments)
+    if quantizer is None:
+        return result
+    if launch.has_fp8_output:
         return make_float8(quantizer, result, out_dtype)
-    return result if quantizer is None else quantize(result, quantizer)
+    return quantize(result, quantizer)
+
+
+def prepare_raw_launch(
+    A: torch.Tensor, B: torch.Tensor, layout: str, out: torch.Tensor
+) -> Callable[[], int]:
+    """The C++ call alone for a plain product of operands that need no copy: what a benchmark times.
+
+    The returned function launches on the stream that is current now and returns 0.
+    """
+    _launches.clear()
+    batched_general_gemm(A, B, layout=layout, out=out)
+    launch = next(reversed(_launches.values()))
+    transposes = _LAYOUTS[layout]
+    left = read_codes(B, "B", not transposes[1], _allows_strided)
+    right = read_codes(A, "A", transposes[0], _allows_strided)
+    return launch.plan.bind(left.data, right.data, out, left.scale_inv, right.scale_inv)
 
 
 def _remember(key: tuple, launch: object) -> object:
@@ -357,22 +370,6 @@ def _remember(key: tuple, launch: object) -> object:
         _launches.clear()
     _launches[key] = launch
     return launch
-
-
-def _signature(side: _Side) -> tuple:
-    codes = side.codes
-    data = codes.data
-    return (
-        codes.fmt,
-        codes.dtype,
-        data.shape,
-        data.stride(),
-        codes.moved_last_dim,
-        codes.swizzled,
-        side.transposed,
-        data.data_ptr() % 16 == 0,
-        data.get_device(),
-    )
 
 
 def _allows_strided(device: torch.device) -> bool:
@@ -508,9 +505,7 @@ def _check_out(out: torch.Tensor, shape: tuple[int, ...]) -> Operand:
     return Operand.from_strides(tuple(out.shape), out.stride())
 
 
-def _with_bias(
-    extras: Extras, bias: torch.Tensor, batch_shape: tuple[int, ...], n: int
-) -> Extras:
+def _with_bias(extras: Extras, bias: torch.Tensor, batch_shape: tuple[int, ...], n: int) -> Extras:
     if bias.dtype not in HIGH_PRECISION_DTYPES:
         raise TypeError(f"bias has dtype {bias.dtype}: expected float32, float16 or bfloat16")
     if tuple(bias.shape) not in ((n,), (*batch_shape, n)):
@@ -566,23 +561,17 @@ def _refuse_unbatchable(
         )
 
 
-def _check_gradients(
-    left: _Side, right: _Side, out: Optional[torch.Tensor], bias: Optional[torch.Tensor]
-) -> None:
-    if not torch.is_grad_enabled():
-        return
-    for name, x in ((left.name, left.x), (right.name, right.x), ("out", out), ("bias", bias)):
-        if isinstance(x, torch.Tensor) and x.requires_grad:
-            raise ValueError(
-                f"{name} requires grad, but this function is not differentiable: call it under "
-                "torch.no_grad() or on detached tensors, inside a torch.autograd.Function of your own; "
-                "torch.bmm is differentiable"
-            )
+def _check_gradients(x: object, name: str) -> None:
+    # TE's storage classes have no gradient.
+    if getattr(x, "requires_grad", False):
+        raise ValueError(
+            f"{name} requires grad, but this function is not differentiable: call it under "
+            "torch.no_grad() or on detached tensors, inside a torch.autograd.Function of your own; "
+            "torch.bmm is differentiable"
+        )
 
 
-def _check_factors(
-    alpha: float, beta: Optional[float], accumulate: bool
-) -> tuple[float, float]:
+def _check_factors(alpha: float, beta: Optional[float], accumulate: bool) -> tuple[float, float]:
     alpha = float(alpha)
     if not math.isfinite(alpha):
         raise ValueError(f"alpha={alpha}: expected a finite number")
@@ -622,7 +611,9 @@ def _check_destination(
             "result pass quantization_params"
         )
     if out_dtype is not None and out_dtype != out.dtype:
-        raise ValueError(f"out_dtype={out_dtype}, but out has dtype {out.dtype}: leave out_dtype out")
+        raise ValueError(
+            f"out_dtype={out_dtype}, but out has dtype {out.dtype}: leave out_dtype out"
+        )
 
 
 def _check_aliasing(

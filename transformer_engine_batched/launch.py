@@ -114,6 +114,7 @@ class Launch:
     gelu_is_fused: bool
     gelu: bool
     has_fp8_output: bool
+    is_plain: bool  # nothing to do after the product
     arguments: dict  # of `prepare`
 
     @classmethod
@@ -234,6 +235,7 @@ class Launch:
             gelu_is_fused=gelu_is_fused,
             gelu=extras.gelu,
             has_fp8_output=fp8_output,
+            is_plain=is_direct and bias_is_fused == has_bias and gelu_is_fused == extras.gelu,
             arguments=arguments,
         )
 
@@ -248,32 +250,29 @@ class Launch:
         self,
         a: torch.Tensor,
         b: torch.Tensor,
-        *,
         scale_inv_a: Optional[torch.Tensor] = None,
         scale_inv_b: Optional[torch.Tensor] = None,
-        scale_d: Optional[torch.Tensor] = None,
-        amax_d: Optional[torch.Tensor] = None,
+        quantizer: Optional[object] = None,
         out: Optional[torch.Tensor] = None,
         bias: Optional[torch.Tensor] = None,
         alpha: float = 1.0,
         beta: float = 0.0,
         autotune: Optional[bool] = None,
     ) -> torch.Tensor:
-        """Multiplies; returns `out`, a new tensor, or the FP8 codes.
+        """Multiplies; returns `out`, a new tensor, or, if `has_fp8_output`, FP8 codes.
 
         `a` and `b` hold the elements at the strides that were described. `bias` has the dtype that was
-        described and is ``[n]`` or ``[*batch, n]``.
+        described and is ``[n]`` or ``[*batch, n]``. FP8 output reads the `scale` and writes the `amax` of
+        `quantizer`.
         """
         if self.copy_a is not None:
             a = self.copy_a(a)
         if self.copy_b is not None:
             b = self.copy_b(b)
         if self.scales_a is not None:
-            scale_inv_a = self.scales_a(scale_inv_a)
-            scale_inv_b = self.scales_b(scale_inv_b)
+            scale_inv_a, scale_inv_b = self.scales_a(scale_inv_a), self.scales_b(scale_inv_b)
         elif scale_inv_a is not None:
-            scale_inv_a = aligned_scalar(scale_inv_a)
-            scale_inv_b = aligned_scalar(scale_inv_b)
+            scale_inv_a, scale_inv_b = aligned_scalar(scale_inv_a), aligned_scalar(scale_inv_b)
         if self.buffer_shape is not None:
             d = a.new_empty(self.buffer_shape, dtype=self.buffer_dtype)
             if beta != 0.0:
@@ -282,27 +281,19 @@ class Launch:
             d = out = a.new_empty(self.out_shape, dtype=self.buffer_dtype)
         else:
             d = out
-        amax_target = amax_d
+        scale_d = amax_d = None
         if self.has_fp8_output:
-            scale_d = aligned_scalar(scale_d)
-            amax_target = aligned_scalar(amax_d)
+            scale_d, amax_d = aligned_scalar(quantizer.scale), aligned_scalar(quantizer.amax)
+        fused_bias = bias if self.bias_is_fused else None
         for offsets in self.folded.offsets:
             self.plan.run(
-                a,
-                b,
-                d,
-                offsets=offsets,
-                scale_inv_a=scale_inv_a,
-                scale_inv_b=scale_inv_b,
-                scale_d=scale_d,
-                amax_d=amax_target,
-                bias=bias if self.bias_is_fused else None,
-                alpha=alpha,
-                beta=beta,
-                autotune=autotune,
-            )
-        if amax_target is not amax_d:
-            amax_d.copy_(amax_target)
+                a, b, d, offsets, scale_inv_a, scale_inv_b, scale_d, amax_d, fused_bias, alpha, beta,
+                autotune,
+            )  # fmt: skip
+        if amax_d is not None and amax_d is not quantizer.amax:
+            quantizer.amax.copy_(amax_d)
+        if self.is_plain:
+            return out
         if self.buffer_shape is not None:
             d = d[..., : self.out_shape[-1]]
         _apply_epilogue(
@@ -328,11 +319,14 @@ class EmptyLaunch:
         self,
         a: torch.Tensor,
         b: torch.Tensor,  # pylint: disable=unused-argument # the call is that of `Launch`
-        *,
+        scale_inv_a: Optional[torch.Tensor] = None,  # pylint: disable=unused-argument
+        scale_inv_b: Optional[torch.Tensor] = None,  # pylint: disable=unused-argument
+        quantizer: Optional[object] = None,  # pylint: disable=unused-argument
         out: Optional[torch.Tensor] = None,
         bias: Optional[torch.Tensor] = None,
+        alpha: float = 1.0,  # pylint: disable=unused-argument
         beta: float = 0.0,
-        **_: object,
+        autotune: Optional[bool] = None,  # pylint: disable=unused-argument
     ) -> torch.Tensor:
         """Returns `out` or a new tensor."""
         if out is None:
@@ -471,7 +465,12 @@ def _make_scales(
 
     def make(scales: torch.Tensor) -> torch.Tensor:
         packed = item_scales(
-            scales, num_items=num_items, rows=rows, cols=cols, columnwise=columnwise, swizzled=swizzled
+            scales,
+            num_items=num_items,
+            rows=rows,
+            cols=cols,
+            columnwise=columnwise,
+            swizzled=swizzled,
         )
         if own_shape == batch_shape:
             return packed

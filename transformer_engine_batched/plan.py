@@ -8,11 +8,10 @@ call. Must not import TE.
 
 from __future__ import annotations
 
-import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
-from typing import Iterator, Optional
+from typing import Callable, Iterator, Optional
 
 import torch
 
@@ -29,17 +28,9 @@ _current_raw_stream = torch._C._cuda_getCurrentRawStream if torch.version.cuda e
 
 
 @lru_cache(maxsize=None)
-def loaded_cublaslt_version() -> int:
-    """Version of the cuBLASLt library in this process, e.g. 130100."""
-    return _C.loaded_version()
-
-
-@lru_cache(maxsize=None)
 def _cuda_device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device(
-        properties.name, (properties.major, properties.minor), loaded_cublaslt_version()
-    )
+    return Device(properties.name, (properties.major, properties.minor), _C.loaded_version())
 
 
 def describe_device(device: torch.device) -> Device:
@@ -86,20 +77,20 @@ def limit_sms(count: int) -> Iterator[None]:
 def current_sm_count(device_index: int) -> int:
     """SMs to plan for; 0 for all."""
     limit = _sm_limit.get()
-    if limit:
-        return limit if limit < _num_sms(device_index) else 0
-    margin = os.environ.get("NVTE_EXT_MARGIN_SM")
-    if margin is None:
+    margin = 0 if limit else _C.sm_margin()
+    if not limit and not margin:
         return 0
-    count = _num_sms(device_index) - int(margin)
-    return count if 0 < count < _num_sms(device_index) else 0
+    available = _num_sms(device_index)
+    count = limit or available - margin
+    return count if 0 < count < available else 0
 
 
-def aligned_scalar(scalar: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+_SCALE_ALIGNMENT = scalar_scale_alignment(_C.loaded_version())
+
+
+def aligned_scalar(scalar: torch.Tensor) -> torch.Tensor:
     """A per-tensor scale at an address that the loaded library takes; a copy if it has to be."""
-    if scalar is None or scalar.data_ptr() % scalar_scale_alignment(loaded_cublaslt_version()) == 0:
-        return scalar
-    return scalar.clone()
+    return scalar if scalar.data_ptr() % _SCALE_ALIGNMENT == 0 else scalar.clone()
 
 
 class CublasLtPlan:
@@ -108,8 +99,13 @@ class CublasLtPlan:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.native = to_native(problem)
-        self._bytes = tuple(element_bytes(x.dtype) for x in (problem.a, problem.b, problem.d))
-        self._bias_bytes = element_bytes(problem.bias_dtype)
+        self._bytes = (
+            element_bytes(problem.a.dtype),
+            element_bytes(problem.b.dtype),
+            element_bytes(problem.d.dtype),
+            element_bytes(problem.bias_dtype),
+        )
+        self._device_index = problem.device
         # Learned at the first launch. Two threads may learn it twice; the larger one wins.
         self._workspace_bytes = 0
 
@@ -118,7 +114,6 @@ class CublasLtPlan:
         a: torch.Tensor,
         b: torch.Tensor,
         d: torch.Tensor,
-        *,
         offsets: tuple[int, int, int, int] = (0, 0, 0, 0),
         scale_inv_a: Optional[torch.Tensor] = None,
         scale_inv_b: Optional[torch.Tensor] = None,
@@ -135,7 +130,7 @@ class CublasLtPlan:
         allocator for this launch alone: safe across streams and in graph capture.
         """
         offset_a, offset_b, offset_d, offset_bias = offsets
-        bytes_a, bytes_b, bytes_d = self._bytes
+        bytes_a, bytes_b, bytes_d, bytes_bias = self._bytes
         pointers = (
             a.data_ptr() + offset_a * bytes_a,
             b.data_ptr() + offset_b * bytes_b,
@@ -144,24 +139,48 @@ class CublasLtPlan:
             0 if scale_inv_b is None else scale_inv_b.data_ptr(),
             0 if scale_d is None else scale_d.data_ptr(),
             0 if amax_d is None else amax_d.data_ptr(),
-            0 if bias is None else bias.data_ptr() + offset_bias * self._bias_bytes,
+            0 if bias is None else bias.data_ptr() + offset_bias * bytes_bias,
         )
         if autotuning.is_active() if autotune is None else autotune:
             autotuning.tune(self.problem, self.native, pointers, d, alpha, beta)
-        index = self.problem.device
-        stream = _current_raw_stream(index)
+        stream = _current_raw_stream(self._device_index)
         while True:
             size = self._workspace_bytes
             workspace = torch.empty(size, dtype=torch.uint8, device=d.device) if size else None
-            needed = _C.matmul(
-                self.native,
-                *pointers,
-                alpha,
-                beta,
-                0 if workspace is None else workspace.data_ptr(),
-                size,
-                stream,
-            )
+            address = workspace.data_ptr() if size else 0
+            needed = _C.matmul(self.native, *pointers, alpha, beta, address, size, stream)
             if not needed:
                 return
             self._workspace_bytes = max(self._workspace_bytes, needed)
+
+    def bind(
+        self,
+        a: torch.Tensor,
+        b: torch.Tensor,
+        d: torch.Tensor,
+        scale_inv_a: Optional[torch.Tensor] = None,
+        scale_inv_b: Optional[torch.Tensor] = None,
+    ) -> Callable[[], int]:
+        """The C++ call with everything around it done beforehand, after one launch has run."""
+        self.run(a, b, d, (0, 0, 0, 0), scale_inv_a, scale_inv_b)
+        scales = (0 if scale is None else scale.data_ptr() for scale in (scale_inv_a, scale_inv_b))
+        workspace = torch.empty(self._workspace_bytes, dtype=torch.uint8, device=d.device)
+        arguments = (
+            self.native,
+            a.data_ptr(),
+            b.data_ptr(),
+            d.data_ptr(),
+            *scales,
+            0,
+            0,
+            0,
+            1.0,
+            0.0,
+        )
+        address = workspace.data_ptr() if workspace.numel() else 0
+        stream = _current_raw_stream(self.problem.device)
+
+        def launch(_keep: tuple = (a, b, d, scale_inv_a, scale_inv_b, workspace)) -> int:
+            return _C.matmul(*arguments, address, self._workspace_bytes, stream)
+
+        return launch

@@ -31,7 +31,8 @@ from transformer_engine.pytorch.tensor.storage.nvfp4_tensor_storage import NVFP4
 
 from .errors import UnsupportedError
 
-FP8_DTYPES = {DType.kFloat8E4M3: "e4m3", DType.kFloat8E5M2: "e5m2"}
+# Keyed by plain integers: TE's enum hashes in Python, and operands are read at every call.
+_FP8_DTYPES = {int(DType.kFloat8E4M3): "e4m3", int(DType.kFloat8E5M2): "e5m2"}
 HIGH_PRECISION_DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 _QUANTIZER_FORMATS = (
@@ -125,7 +126,7 @@ def read_codes(
         return _read_mxfp8(x, name, last_dim)
     if isinstance(x, Float8BlockwiseQTensorStorage):
         # The caller's support table says why there is no engine; the buffers are not read.
-        return Codes("float8_block", FP8_DTYPES[x._fp8_dtype], _any_buffer(x))
+        return Codes("float8_block", _FP8_DTYPES[int(x._fp8_dtype)], _any_buffer(x))
     if isinstance(x, NVFP4TensorStorage):
         return Codes("nvfp4", "e2m1", _any_buffer(x))
     if isinstance(x, QuantizedTensorStorage):
@@ -153,15 +154,15 @@ def _any_buffer(x: QuantizedTensorStorage) -> torch.Tensor:
 def _read_float8(
     x: Float8TensorStorage, name: str, last_dim: bool, allow_strided: Callable[[torch.device], bool]
 ) -> Codes:
-    dtype = FP8_DTYPES[x._fp8_dtype]
+    dtype = _FP8_DTYPES[int(x._fp8_dtype)]
     transpose = None if x._transpose_invalid else x._transpose
     # The copy that is contiguous along the contracted dim; where the device takes strided ones, the other
     # copy serves as well.
     contiguous, strided = (x._data, transpose) if last_dim else (transpose, x._data)
     if contiguous is not None:
-        return Codes("float8", dtype, contiguous, x._scale_inv, moved_last_dim=not last_dim)
+        return Codes("float8", dtype, contiguous, x._scale_inv, not last_dim)
     if strided is not None and allow_strided(strided.device):
-        return Codes("float8", dtype, strided, x._scale_inv, moved_last_dim=last_dim)
+        return Codes("float8", dtype, strided, x._scale_inv, last_dim)
     raise _missing_copy(x, name, last_dim)
 
 
@@ -172,7 +173,7 @@ def _read_mxfp8(x: MXFP8TensorStorage, name: str, last_dim: bool) -> Codes:
         raise _missing_copy(x, name, last_dim)
     return Codes(
         "mxfp8",
-        FP8_DTYPES[x._fp8_dtype],
+        _FP8_DTYPES[int(x._fp8_dtype)],
         data,
         scale_inv,
         swizzled=bool(x._with_gemm_swizzled_scales),
@@ -204,7 +205,7 @@ def is_delayed_quantizer(quantizer: Quantizer) -> bool:
 
 def quantizer_fp8_dtype(quantizer: Quantizer) -> str:
     """FP8 type that a quantizer writes."""
-    return FP8_DTYPES[quantizer.dtype]
+    return _FP8_DTYPES[int(quantizer.dtype)]
 
 
 def make_float8(

@@ -45,7 +45,12 @@ def decode_mxfp8(
     *batch, rows, cols = data.shape
     num_items = data.numel() // max(rows * cols, 1)
     packed = item_scales(
-        scale_inv, num_items=num_items, rows=rows, cols=cols, columnwise=columnwise, swizzled=swizzled
+        scale_inv,
+        num_items=num_items,
+        rows=rows,
+        cols=cols,
+        columnwise=columnwise,
+        swizzled=swizzled,
     )
     outer, inner = (cols, rows // _BLOCK) if columnwise else (rows, cols // _BLOCK)
     factors = codes.decode_e8m0(unpack_tiles(packed, outer, inner), torch.float32)

@@ -41,7 +41,6 @@ class ReferencePlan:
         a: torch.Tensor,
         b: torch.Tensor,
         d: torch.Tensor,
-        *,
         offsets: tuple[int, int, int, int] = (0, 0, 0, 0),
         scale_inv_a: Optional[torch.Tensor] = None,
         scale_inv_b: Optional[torch.Tensor] = None,
@@ -92,9 +91,7 @@ def _strided(
     return x.as_strided((batch, rows, cols), matrix.strides(), x.storage_offset() + offset)
 
 
-def _decode(
-    x: torch.Tensor, matrix: Matrix, scale_inv: Optional[torch.Tensor]
-) -> torch.Tensor:
+def _decode(x: torch.Tensor, matrix: Matrix, scale_inv: Optional[torch.Tensor]) -> torch.Tensor:
     if matrix.scale_mode == "none":
         return x.double()
     values = codes.decode(x, TORCH_DTYPES[matrix.dtype], torch.float64)

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Entry point of the benchmarks: `python benchmarks/run.py [--suite gemm|host|all] [--quick]`.
+
+Input: one CUDA GPU with Transformer Engine and this package. Output: `gemm.json` and `host.json` in
+a folder named after the GPU (`benchmarks/results/h200`), a table on the terminal, and exit code 1
+if one of our own variants failed. Results are written after every point, so a stopped run keeps
+what it has. If the device stops answering, the program starts itself anew without the variant that
+broke it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable, Mapping, Sequence
+
+ROOT = Path(__file__).resolve().parents[1]
+if __package__ in (None, ""):
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import goals, stored_results
+from benchmarks.timing import DeviceLostError
+
+
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python benchmarks/run.py", description=__doc__)
+    parser.add_argument("--suite", choices=("gemm", "host", "all"), default="all")
+    parser.add_argument("--quick", action="store_true", help="three points, few rounds")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the results (default: named after the GPU)"
+    )
+    parser.add_argument(
+        "--commit", help="commit of the tree, where it has no .git; -dirty marks changes"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the results in --out")
+    return parser.parse_args(arguments)
+
+
+def choose_folder(gpu: str, is_quick: bool) -> Path:
+    """`benchmarks/results/h200` for "NVIDIA H200"; quick runs have a folder of their own."""
+    slug = re.sub(r"[^a-z0-9]+", "-", gpu.lower().replace("nvidia", "")).strip("-")
+    return ROOT / "benchmarks" / "results" / (f"{slug}-quick" if is_quick else slug)
+
+
+def run_suite(
+    path: Path,
+    meta: dict[str, Any],
+    items: Sequence[Any],
+    measure: Callable[[Any, Mapping[str, str]], list[dict[str, Any]]],
+    name_calls: Callable[[Any], Sequence[str]],
+    is_resumed: bool,
+) -> dict[str, Any]:
+    """Measure every item (a point or a case) and write `path` after each.
+
+    Parameters
+    ----------
+    measure : callable
+        `(item, lost) -> rows`; `lost` maps the calls that must not run again to the reason.
+    name_calls : callable
+        Names of all calls that `measure` makes for an item.
+    is_resumed : bool
+        Keep the rows that `path` has and go on with the rest.
+
+    Raises
+    ------
+    DeviceLostError
+        After the call that broke the device has been written down in `meta["lost"]`.
+    """
+    stored = stored_results.read(path) if is_resumed else None
+    rows = list(stored["rows"]) if stored else []
+    before = stored["meta"] if stored else {"lost": {}, "done": []}
+    meta = {**meta, "complete": False, "lost": before["lost"], "done": before["done"]}
+    for item in items:
+        if item.name in meta["done"]:
+            continue
+        start = time.perf_counter()
+        print(f"{item.name} ...", end=" ", flush=True)
+        try:
+            rows += measure(item, meta["lost"].get(item.name, {}))
+        except DeviceLostError as error:
+            names = name_calls(item)
+            culprits = [error.call] if error.call in names else names
+            reason = f"the device stopped answering: {stored_results.clean_reason(error.reason)}"
+            meta["lost"].setdefault(item.name, {}).update(dict.fromkeys(culprits, reason))
+            stored_results.write(path, meta, rows)
+            raise
+        meta["done"].append(item.name)
+        stored_results.write(path, meta, rows)
+        print(f"{time.perf_counter() - start:.1f} s", flush=True)
+    meta["complete"] = True
+    stored_results.write(path, meta, rows)
+    return {"meta": meta, "rows": rows}
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def format_summary(gemm: dict[str, Any] | None, host: dict[str, Any] | None) -> str:
+    """Short plain table of everything measured, with the reasons for gaps, and the goals."""
+    lines = []
+    if gemm is not None:
+        heads = f"{'ms':>9}{'TFLOP/s':>9}{'/bf16':>7}{'/te loop':>9}{'dB':>7}"
+        lines.append(f"{'point':26}{'variant':20}{heads}")
+        for row in gemm["rows"]:
+            lines.append(
+                f"{row['point']:26}{row['variant']:20}{_number(row['median_ms'], 4):>9}"
+                f"{_number(row['tflops'], 0):>9}{_number(row['ratio_to_bf16'], 2):>7}"
+                f"{_number(row['ratio_to_te_loop'], 2):>9}{_number(row['sqnr_db'], 1):>7}"
+                + (f"  {row['reason']}" if row["reason"] else "")
+            )
+    if host is not None:
+        lines.append(f"{'host time of a call':46}{'us':>9}")
+        for row in host["rows"]:
+            reason = f"  {row['reason']}" if row["reason"] else ""
+            lines.append(f"{row['case']:46}{_number(row['median_us'], 2):>9}{reason}")
+    for outcome in goals.evaluate({"gemm": gemm, "host": host}):
+        verdict = {None: "not measured", True: "reached", False: "MISSED"}[outcome.is_reached]
+        sign = ">=" if outcome.goal.is_minimum else "<="
+        lines.append(
+            f"{verdict:13} {outcome.goal.text}: {_number(outcome.measured, 2)} "
+            f"(goal {sign} {outcome.goal.bound:g})"
+        )
+    return "\n".join(lines)
+
+
+def find_failures(gemm: dict[str, Any] | None, host: dict[str, Any] | None) -> list[str]:
+    """Rows of our own variants without a time."""
+    failures = []
+    for row in gemm["rows"] if gemm else []:
+        if row["variant"].startswith("ours") and row["median_ms"] is None:
+            failures.append(f"{row['point']} {row['variant']}: {row['reason']}")
+    for row in host["rows"] if host else []:
+        if row["case"].startswith("ours") and row["median_us"] is None:
+            failures.append(f"host {row['case']}: {row['reason']}")
+    return failures
+
+
+def _measure_on_gpu(options: argparse.Namespace, arguments: Sequence[str]) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("The benchmarks need a CUDA GPU; torch sees none.", file=sys.stderr)
+        return 2
+    import transformer_engine.pytorch  # noqa: F401  registers the types of quantized tensors
+
+    from benchmarks import gemm_suite, host_suite, peers, points, timing
+
+    meta = stored_results.collect_meta(arguments, options.commit)
+    folder = options.out or choose_folder(meta["gpu"] or "gpu", options.quick)
+    clock = timing.CudaClock()
+    gemm = host = None
+    if options.suite in ("host", "all"):
+        operands, out = host_suite.make_inputs()
+        host = run_suite(
+            folder / "host.json",
+            meta,
+            host_suite.CASES,
+            lambda case, lost: [host_suite.measure_case(case, operands, out, clock.settle, lost)],
+            lambda case: [case.name],
+            options.resume,
+        )
+    if options.suite in ("gemm", "all"):
+        quick = gemm_suite.Settings(rounds=8, loop_rounds=2)
+        settings = quick if options.quick else gemm_suite.Settings()
+        l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+        gemm = run_suite(
+            folder / "gemm.json",
+            meta,
+            points.QUICK if options.quick else (*points.SQUARE, *points.OTHER),
+            lambda point, lost: gemm_suite.measure_point(
+                point, peers.VARIANTS, clock, settings, lost, l2_bytes=l2_bytes
+            ),
+            lambda point: [variant.name for variant in peers.VARIANTS],
+            options.resume,
+        )
+    print(format_summary(gemm, host))
+    failures = find_failures(gemm, host)
+    if failures:
+        print("\nOurs without a time:\n" + "\n".join(failures))
+    return 1 if failures else 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the suites; returns the exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = parse_arguments(arguments)
+    try:
+        return _measure_on_gpu(options, arguments)
+    except DeviceLostError as error:
+        print(f"\nThe device stopped answering ({error}); starting anew without it.", flush=True)
+        if "--resume" not in arguments:
+            arguments.append("--resume")
+        os.execv(sys.executable, [sys.executable, str(Path(__file__).resolve()), *arguments])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
