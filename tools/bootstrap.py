@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes the environment of `make demo` and `make test`: .venv with torch, Transformer Engine (TE) and our extension.
+"""Makes the environment of `make demo` and `make test`.
 
-Input: Python 3.10+, a C++ compiler, pyproject.toml's requirement lists, and pip's own configuration (which index, which
-proxy). No CUDA toolkit: the wheels that torch brings have what TE and we compile against.
-Output: .venv, a log in build/setup.log, and TE's compiled wheel in the user's cache folder.
+Input: Python 3.10+, a C++ compiler, pyproject.toml's requirement lists, and pip's own configuration
+(which index, which proxy). No CUDA toolkit: the wheels that torch brings have what Transformer
+Engine (TE) and we compile against.
+Output: .venv with torch, TE and our extension, a log in build/setup.log, and TE's compiled wheel in
+the user's cache folder.
 Every finished step leaves a stamp in .venv, so that a later call goes on where an earlier one
 stopped, and does nothing when there is nothing to do.
 
@@ -49,8 +51,10 @@ CUDA_HEADERS = ["nvidia-cuda-crt==13.0.*", "nvidia-cuda-cccl==13.0.*"]
 # TE 2.20's build uses pkg_resources, which setuptools 81 removed.
 TE_BUILD_TOOLS = ["setuptools<81", "packaging"]
 
-# Measured after a full set-up, with what pip keeps while it installs.
-DISK_BYTES = {"torch": 7.5e9, "te_library": 0.9e9, "te_torch": 0.4e9, "tools": 0.5e9}
+# Measured: the finished environment takes 6 GB, and while torch is installed, pip holds 2.5 GB of
+# downloads beside what it has unpacked.
+DISK_BYTES_WITH_TORCH = 8e9
+DISK_BYTES_WITHOUT_TORCH = 1.5e9
 # One of TE's files takes this much of the compiler.
 COMPILER_MEMORY_BYTES = 2e9
 
@@ -100,7 +104,9 @@ def check_python(version_info):
 def check_machine():
     """Refuses what would fail after minutes of downloads."""
     if not sys.platform.startswith("linux"):
-        raise SetupError("Transformer Engine has packages for Linux only, and this is " + sys.platform)
+        raise SetupError(
+            "Transformer Engine has packages for Linux only, and this is " + sys.platform
+        )
     headers = sysconfig.get_paths()["include"]
     if not os.path.exists(os.path.join(headers, "Python.h")):
         raise SetupError(
@@ -122,15 +128,14 @@ def find_compiler():
     return next(filter(None, map(shutil.which, names)), None)
 
 
-def check_disk(directory, step_name):
-    """Refuses to start a step for which the disk has too little room."""
-    free, needed = shutil.disk_usage(directory).free, DISK_BYTES[step_name]
-    if free < needed:
+def check_disk(directory, needed_bytes):
+    """Refuses to begin with too little room on the disk."""
+    free_bytes = shutil.disk_usage(directory).free
+    if free_bytes < needed_bytes:
         raise SetupError(
-            "{} has {:.1f} GB free and this step needs {:.1f} GB; make room, or put the "
-            "environment elsewhere with `make VENV=/other/disk/venv ...`.".format(
-                directory, free / 1e9, needed / 1e9
-            )
+            "{} has {:.1f} GB free and {:.1f} GB are needed (pip's cache may take 2.5 GB more, "
+            "`pip cache dir` says where). Make room, or put the environment elsewhere with `make "
+            "VENV=/other/disk/venv ...`.".format(directory, free_bytes / 1e9, needed_bytes / 1e9)
         )
 
 
@@ -256,8 +261,7 @@ class Environment:
         """A step that installs requirements from pip's index, and checks the outcome."""
 
         def install():
-            check_disk(self.venv, name)
-            self.pip("install", *requirements, doing="installing {}".format(", ".join(requirements)))
+            self.pip("install", *requirements, doing="pip install")
             check()
 
         return Step(
@@ -323,7 +327,6 @@ class Environment:
 
     def make_te_torch(self):
         """Installs TE's torch extension from a kept wheel, a downloaded one, or by compiling it."""
-        check_disk(self.venv, "te_torch")
         cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         # A wheel works with the torch and the Python it was made for, and its name says neither.
         build = "te{}-torch{}-{}-{}".format(
@@ -365,12 +368,14 @@ class Environment:
             self.pip(
                 *["download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"],
                 *["--dest", folder, "transformer_engine_torch==" + TE_VERSION],
-                doing="downloading the sources of transformer_engine_torch"
+                doing="downloading the sources of transformer_engine_torch",
             )
         # Every time, for a build may have changed them; the files keep the archive's times, so
         # that ninja sees which objects are up to date.
         with tarfile.open(archive) as file:
-            file.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
+            file.extractall(
+                folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {})
+            )
         return os.path.join(folder, name)
 
     def build_te_torch(self, source, environment):
@@ -380,7 +385,7 @@ class Environment:
         self.pip(
             *["wheel", "-v", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, source],
             doing="building transformer_engine_torch",
-            environment=environment
+            environment=environment,
         )
         return glob.glob(os.path.join(wheels, "*.whl"))[0]
 
@@ -402,9 +407,17 @@ def set_up(environment):
     """Brings the environment up to date, then the extension; returns the exit status."""
     started = time.time()
     steps = environment.steps()
-    if pending_steps(steps, read_stamps(environment.stamps)):
+    pending = pending_steps(steps, read_stamps(environment.stamps))
+    if pending:
         check_machine()
+        has_torch = all(step.name != "torch" for step in pending)
+        check_disk(
+            os.path.dirname(environment.venv),
+            DISK_BYTES_WITHOUT_TORCH if has_torch else DISK_BYTES_WITH_TORCH,
+        )
         say("set-up of {}; details in {}".format(environment.venv, environment.runner.log_path))
+        if len(pending) < len(steps):
+            say("{} of {} steps are done already".format(len(steps) - len(pending), len(steps)))
         if os.path.exists(environment.stamps):
             shutil.rmtree(environment.temporary, ignore_errors=True)
         run_steps(steps, environment.stamps, say)
@@ -443,7 +456,9 @@ def main():
         check_python(sys.version_info)
         os.makedirs(BUILD, exist_ok=True)
         lock = take_lock(os.path.join(BUILD, "setup.lock"))
-        return set_up(Environment(arguments.venv, lock))
+        environment = Environment(arguments.venv, lock)
+        os.makedirs(os.path.dirname(environment.venv), exist_ok=True)
+        return set_up(environment)
     except (SetupError, OSError) as error:
         print("error: {}".format(error), file=sys.stderr)
         return 1

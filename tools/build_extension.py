@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds the C++ extension with CMake, for the interpreter that runs this file.
 
-Input: csrc/, CMakeLists.txt and cmake/ of this source tree, and what the interpreter can see: cmake, ninja and
-pybind11 (from pip or the system) and the CUDA libraries that cmake/FindCublasLt.cmake finds.
-Output: ``transformer_engine_batched/_C.<abi>.so``, in place, and the build folder ``build/cmake-*``.
+Input: csrc/, CMakeLists.txt and cmake/ of this source tree, and what the interpreter can see:
+cmake, ninja and pybind11 (from pip or the system) and the CUDA libraries that
+cmake/FindCublasLt.cmake finds.
+Output: ``transformer_engine_batched/_C.<abi>.so``, in place, and the folder ``build/cmake-*``.
 Run as ``python tools/build_extension.py``; setup.py calls :func:`build_extension`. Must not import
 torch or the package itself.
 """

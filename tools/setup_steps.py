@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Steps of a set-up that is resumed where it stopped: what is still to do, and running one command.
 
-Input: steps with the values they depend on, and the folder of stamps that finished steps left. Standard library
-only, and syntax that Python 3.6 can read: the check that says "this Python is too old" runs from
-here. Must not know what is installed; that is tools/bootstrap.py's part.
+Input: steps with the values they depend on, and the folder of stamps that finished steps left.
+Standard library only, and syntax that Python 3.6 can read: the check that says "this Python is too
+old" runs from here. Must not know what is installed; that is tools/bootstrap.py's part.
 """
 
 import hashlib
@@ -138,12 +138,15 @@ def describe_progress(log_tail):
 
 # What a failed command's output says, and what to do about it; the first that matches counts.
 CAUSES = (
-    (r"No space left on device|Errno 28\b", "the disk is full: about 8 GB are needed"),
+    (
+        r"No space left on device|Errno 28\b",
+        "the disk is full: about 8 GB are needed, and 2.5 GB for pip's cache.",
+    ),
     (
         r"Killed signal|signal terminated program cc1plus|out of memory|Cannot allocate memory",
-        "the compiler ran out of memory: try again with MAX_JOBS=1",
+        "the compiler ran out of memory: try again with MAX_JOBS=1.",
     ),
-    (r"Python\.h: No such file", "Python's headers are missing: install python3-dev"),
+    (r"Python\.h: No such file", "Python's headers are missing: install python3-dev."),
     (
         r"Temporary failure in name resolution|Name or service not known|NewConnectionError"
         r"|Network is unreachable|ConnectTimeout|Connection refused|Max retries exceeded"
@@ -154,12 +157,12 @@ CAUSES = (
     (
         r"SSLError|CERTIFICATE_VERIFY_FAILED",
         "the package index's certificate was refused: `pip config set global.cert FILE` names "
-        "the authorities to trust",
+        "the authorities to trust.",
     ),
     (
         r"No matching distribution found for (\S+)",
         "the package index has no {0} for this Python and system: another Python can be given "
-        "with `make PYTHON=python3.12 ...`",
+        "with `make PYTHON=python3.12 ...`.",
     ),
 )
 
@@ -198,7 +201,7 @@ class Runner:
         self.interval_seconds = interval_seconds
 
     def run(self, command, doing, directory=None, environment=None):
-        """Runs one command to its end and returns what it printed; raises SetupError if it fails."""
+        """Runs one command and returns what it printed; raises SetupError if it fails."""
         is_terminal = sys.stdout.isatty()
         environment = dict(self.environment, **(environment or {}))
         with open(self.log_path, "ab") as log, open(self.log_path, "rb") as reader:
@@ -254,10 +257,10 @@ class Runner:
                 self.say(line)
 
     def _explain(self, output, doing, returncode):
-        tail = "\n".join("  | " + line for line in output.rstrip().splitlines()[-25:])
+        tail = "\n".join("  | " + line[:200] for line in output.rstrip().splitlines()[-25:])
         advice = diagnose(output)
         return "{} failed (exit status {}). Its last lines:\n{}\n{}The whole log: {}".format(
-            doing, returncode, tail, advice and "Likely cause: " + advice + ".\n", self.log_path
+            doing, returncode, tail, advice and "Likely cause: " + advice + "\n", self.log_path
         )
 
 

@@ -8,6 +8,7 @@ library version. Must not import TE.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from contextlib import contextmanager
@@ -182,9 +183,15 @@ def _binding() -> dict:
     return {"gpu": torch.cuda.get_device_name(), "cublaslt": _C.loaded_version()}
 
 
+def _digest(choices: list[dict]) -> str:
+    # The library crashes on bytes that never were an algorithm, so none but our own reach it.
+    return hashlib.sha256(json.dumps(choices, sort_keys=True).encode()).hexdigest()
+
+
 def save_choices(path: Union[str, os.PathLike]) -> None:
     """Writes the choices of this process as JSON, bound to GPU model and cuBLASLt version."""
-    content = {"format": _FILE_FORMAT, **_binding(), "choices": list_choices()}
+    choices = list_choices()
+    content = {"format": _FILE_FORMAT, **_binding(), "sha256": _digest(choices), "choices": choices}
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     with open(temporary, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
@@ -197,7 +204,7 @@ def load_choices(path: Union[str, os.PathLike]) -> int:
     Raises
     ------
     ValueError
-        If the file is of another format, GPU model or cuBLASLt version.
+        If the file is of another format, GPU model or cuBLASLt version, or was changed.
     """
     with open(path, encoding="utf-8") as file:
         content = json.load(file)
@@ -207,6 +214,10 @@ def load_choices(path: Union[str, os.PathLike]) -> int:
         raise ValueError(
             f"{os.fspath(path)} holds algorithm choices for {found}, but this process has {expected}: "
             "choices are not valid across GPU models and library versions; tune into another file"
+        )
+    if content.get("sha256") != _digest(content["choices"]):
+        raise ValueError(
+            f"{os.fspath(path)} was changed or damaged after it was written: delete it and tune again"
         )
     for entry in content["choices"]:
         problem = problem_from_dict(entry.pop("problem"))

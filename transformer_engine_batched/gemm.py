@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Callable, NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional
 
 import torch
 
@@ -54,12 +54,12 @@ _MAX_LAUNCHES = 4096
 _launches: dict[tuple, object] = {}
 
 
-class _Decoded(NamedTuple):
-    """Decision: multiply the decoded operands as plain tensors."""
+# Stands for a launch where the decoded operands are multiplied as plain tensors.
+_DECODED = object()
 
 
 class _Side(NamedTuple):
-    """One operand of ``left @ right``."""
+    """One operand of ``left @ right``, for checks and messages."""
 
     x: object
     name: str
@@ -175,21 +175,13 @@ def batched_general_gemm(
     transposes = _LAYOUTS.get(layout)
     if transposes is None:
         raise ValueError(f'layout={layout!r}: expected one of "TN", "NN", "NT"')
+    a_transposed, b_transposed = transposes
     return _multiply(
-        _Side(B, "B", transposes[1], read_codes(B, "B", not transposes[1], _allows_strided)),
-        _Side(A, "A", transposes[0], read_codes(A, "A", transposes[0], _allows_strided)),
-        out_dtype=out_dtype,
-        nominal=A,
-        quantizer=quantization_params,
-        gelu=gelu,
-        alpha=alpha,
-        beta=beta,
-        accumulate=accumulate,
-        out=out,
-        bias=bias,
-        use_split_accumulator=use_split_accumulator,
-        autotune=autotune,
-    )
+        (B, "B", b_transposed, read_codes(B, "B", not b_transposed, _allows_strided)),
+        (A, "A", a_transposed, read_codes(A, "A", a_transposed, _allows_strided)),
+        A, out_dtype, quantization_params, gelu, alpha, beta, accumulate, out, bias,
+        use_split_accumulator, autotune,
+    )  # fmt: skip
 
 
 def bmm(
@@ -222,28 +214,18 @@ def bmm(
     """
     a, b = _apply_autocast(a), _apply_autocast(b)
     return _multiply(
-        _Side(a, "a", False, read_codes(a, "a", True, _allows_strided)),
-        _Side(b, "b", False, read_codes(b, "b", False, _allows_strided)),
-        out_dtype=out_dtype,
-        nominal=a,
-        quantizer=quantization_params,
-        gelu=gelu,
-        alpha=alpha,
-        beta=beta,
-        accumulate=accumulate,
-        out=out,
-        bias=bias,
-        use_split_accumulator=use_split_accumulator,
-        autotune=autotune,
-    )
+        (a, "a", False, read_codes(a, "a", True, _allows_strided)),
+        (b, "b", False, read_codes(b, "b", False, _allows_strided)),
+        a, out_dtype, quantization_params, gelu, alpha, beta, accumulate, out, bias,
+        use_split_accumulator, autotune,
+    )  # fmt: skip
 
 
 def _multiply(
-    left: _Side,
-    right: _Side,
-    *,
-    out_dtype: Optional[torch.dtype],
+    left: tuple,
+    right: tuple,
     nominal: object,
+    out_dtype: Optional[torch.dtype],
     quantizer: Optional[Quantizer],
     gelu: bool,
     alpha: float,
@@ -255,10 +237,16 @@ def _multiply(
     autotune: Optional[bool],
     allow_tf32: Optional[bool] = None,
 ) -> torch.Tensor:
-    """``left @ right`` with everything around it."""
+    """``left @ right`` with everything around it. Operands are the fields of a `_Side`.
+
+    A warm call is 20 microseconds of host time at the most, so that this function builds a key and nothing
+    else: objects are made where a launch is prepared.
+    """
+    left_x, left_name, left_transposed, left_codes = left
+    right_x, right_name, right_transposed, right_codes = right
     if torch.is_grad_enabled():
-        _check_gradients(left.x, left.name)
-        _check_gradients(right.x, right.name)
+        _check_gradients(left_x, left_name)
+        _check_gradients(right_x, right_name)
         if out is not None:
             _check_gradients(out, "out")
         if bias is not None:
@@ -281,17 +269,17 @@ def _multiply(
         out_dtype = out.dtype
     elif out_dtype is None:
         out_dtype = nominal_dtype(nominal)
-    left_codes, right_codes = left.codes, right.codes
-    left_data, right_data = left_codes.data, right_codes.data
+    left_fmt, left_dtype, left_data, left_scale_inv, *left_flags = left_codes
+    right_fmt, right_dtype, right_data, right_scale_inv, *right_flags = right_codes
     if allow_tf32 is None:
-        allow_tf32 = left_codes.fmt == "fp32" and torch.backends.cuda.matmul.allow_tf32
+        allow_tf32 = left_fmt == "fp32" and torch.backends.cuda.matmul.allow_tf32
     emulation = current_emulation()
     device_index = left_data.get_device()
     key = (
-        left_codes[0], left_codes[1], left_codes[4:],
-        left_data.shape, left_data.stride(), left_data.data_ptr() % 16, left.transposed,
-        right_codes[0], right_codes[1], right_codes[4:],
-        right_data.shape, right_data.stride(), right_data.data_ptr() % 16, right.transposed,
+        left_fmt, left_dtype, *left_flags, left_transposed,
+        left_data.shape, left_data.stride(), left_data.data_ptr() % 16,
+        right_fmt, right_dtype, *right_flags, right_transposed,
+        right_data.shape, right_data.stride(), right_data.data_ptr() % 16,
         device_index, right_data.get_device(),
         out_dtype,
         None if out is None else (out.shape, out.stride(), out.data_ptr() % 16, out.get_device()),
@@ -313,29 +301,22 @@ def _multiply(
             gelu=gelu,
         )
         launch = _remember(
-            key, _prepare(left, right, out_dtype, out, bias, fp8_output, extras, emulation)
+            key,
+            _prepare(
+                _Side(*left), _Side(*right), out_dtype, out, bias, fp8_output, extras, emulation
+            ),
         )
     if out is not None:
         _check_aliasing(out, left, right, bias)
-    if isinstance(launch, _Decoded):
-        return _multiply_decoded(
-            left,
-            right,
-            out_dtype=out_dtype if out is None else None,
-            nominal=nominal,
-            quantizer=quantizer,
-            gelu=gelu,
-            alpha=alpha,
-            beta=beta if accumulate else None,
-            accumulate=accumulate,
-            out=out,
-            bias=bias,
-            use_split_accumulator=use_split_accumulator,
-            autotune=autotune,
-        )
+    if launch is _DECODED:
+        values = _decode_both(_Side(*left), _Side(*right))
+        return _multiply(
+            *values, nominal, out_dtype, quantizer, gelu, alpha, beta if accumulate else None,
+            accumulate, out, bias, use_split_accumulator, autotune, False,
+        )  # fmt: skip
     arguments = (
-        left_data, right_data, left_codes.scale_inv, right_codes.scale_inv, quantizer, out, bias,
-        alpha, beta, autotune,
+        left_data, right_data, left_scale_inv, right_scale_inv, quantizer, out, bias, alpha, beta,
+        autotune,
     )  # fmt: skip
     try:
         result = launch.run(*arguments)
@@ -389,8 +370,8 @@ def _prepare(
     fp8_output: Optional[str],
     extras: Extras,
     emulation: Emulation,
-) -> Union[Launch, EmptyLaunch, _Decoded]:
-    """Checks everything that the signature of a call decides, and prepares its launch."""
+) -> object:
+    """Checks everything that the signature of a call decides; its `Launch`, `EmptyLaunch` or `_DECODED`."""
     for side in (left, right):
         if len(side.codes.data.shape) < 2:
             raise ValueError(
@@ -442,7 +423,7 @@ def _prepare(
     if math.prod(out_shape) == 0 or a.cols == 0:
         return EmptyLaunch(out_shape, out_dtype, extras.gelu)
     if engine == "decoded":
-        return _Decoded()
+        return _DECODED
     return Launch.prepare(
         fmt=fmt,
         engine=engine,
@@ -617,13 +598,13 @@ def _check_destination(
 
 
 def _check_aliasing(
-    out: torch.Tensor, left: _Side, right: _Side, bias: Optional[torch.Tensor]
+    out: torch.Tensor, left: tuple, right: tuple, bias: Optional[torch.Tensor]
 ) -> None:
     """Refuses an `out` whose span of memory meets that of an input."""
     start, end = _memory_span(out)
     for name, tensor in (
-        (f"operand {left.name}", left.codes.data),
-        (f"operand {right.name}", right.codes.data),
+        (left[1], left[3].data),
+        (right[1], right[3].data),
         ("bias", bias),
     ):
         if tensor is None:
@@ -653,8 +634,8 @@ def _apply_autocast(x: object) -> object:
 # --- emulation on other tensor cores ----------------------------------------------------------------------
 
 
-def _multiply_decoded(left: _Side, right: _Side, **arguments: object) -> torch.Tensor:
-    """MXFP8 on a CUDA device without it: the decoded operands as a BF16 (or FP32) product."""
+def _decode_both(left: _Side, right: _Side) -> tuple[tuple, tuple]:
+    """MXFP8 operands on a CUDA device without it, as plain ones of one type: BF16, or FP32 if it has to be."""
     values = [
         decode_mxfp8(
             side.codes.data,
@@ -668,8 +649,7 @@ def _multiply_decoded(left: _Side, right: _Side, **arguments: object) -> torch.T
     if values[0].dtype != values[1].dtype:
         values = [value.float() for value in values]
     dtype = HIGH_PRECISION_DTYPES[values[0].dtype]
-    sides = [
-        _Side(value, side.name, side.transposed, Codes(dtype, dtype, value))
+    return tuple(
+        (value, side.name, side.transposed, Codes(dtype, dtype, value))
         for value, side in zip(values, (left, right))
-    ]
-    return _multiply(*sides, allow_tf32=False, **arguments)
+    )

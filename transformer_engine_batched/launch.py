@@ -23,7 +23,13 @@ from .operands import (
     fold_batch,
     round_up,
 )
-from .plan import WORKSPACE_LIMIT_BYTES, CublasLtPlan, aligned_scalar, current_sm_count
+from .plan import (
+    SCALE_ALIGNMENT,
+    WORKSPACE_LIMIT_BYTES,
+    CublasLtPlan,
+    aligned_scalar,
+    current_sm_count,
+)
 from .problem import Problem, element_bytes
 from .reference.product import TORCH_DTYPES, ReferencePlan
 from .support import (
@@ -115,6 +121,7 @@ class Launch:
     gelu: bool
     has_fp8_output: bool
     is_plain: bool  # nothing to do after the product
+    is_simple: bool  # nor before it: one launch of cuBLASLt is all
     arguments: dict  # of `prepare`
 
     @classmethod
@@ -220,6 +227,7 @@ class Launch:
             sm_count=current_sm_count(device_index) if engine == "cublaslt" else 0,
             workspace_limit=WORKSPACE_LIMIT_BYTES,
         )
+        is_plain = is_direct and bias_is_fused == has_bias and gelu_is_fused == extras.gelu
         return cls(
             plan=_PLANS[engine](problem),
             folded=folded,
@@ -235,7 +243,14 @@ class Launch:
             gelu_is_fused=gelu_is_fused,
             gelu=extras.gelu,
             has_fp8_output=fp8_output,
-            is_plain=is_direct and bias_is_fused == has_bias and gelu_is_fused == extras.gelu,
+            is_plain=is_plain,
+            is_simple=is_plain
+            and engine == "cublaslt"
+            and len(folded.offsets) == 1
+            and a_copy is None
+            and b_copy is None
+            and a.scales is None
+            and not fp8_output,
             arguments=arguments,
         )
 
@@ -265,6 +280,19 @@ class Launch:
         described and is ``[n]`` or ``[*batch, n]``. FP8 output reads the `scale` and writes the `amax` of
         `quantizer`.
         """
+        if self.is_simple:
+            if out is None:
+                out = a.new_empty(self.out_shape, dtype=self.buffer_dtype)
+            scales = (0, 0)
+            if scale_inv_a is not None:
+                scales = (scale_inv_a.data_ptr(), scale_inv_b.data_ptr())
+            if (scales[0] | scales[1]) % SCALE_ALIGNMENT == 0:
+                bias_address = 0 if bias is None else bias.data_ptr()
+                pointers = (
+                    a.data_ptr(), b.data_ptr(), out.data_ptr(), *scales, 0, 0, bias_address
+                )  # fmt: skip
+                self.plan.launch(pointers, out, alpha, beta, autotune)
+                return out
         if self.copy_a is not None:
             a = self.copy_a(a)
         if self.copy_b is not None:
@@ -443,15 +471,32 @@ def _make_copy(source: Operand, copy: PackedCopy) -> Callable[[torch.Tensor], to
     padded_rows, padded_cols = copy.stored_shape[-2:]
 
     def make(data: torch.Tensor) -> torch.Tensor:
+        source_view = data.as_strided(shape, strides, data.storage_offset())
         packed = data.new_empty(copy.stored_shape)
         if padded_rows > rows:
             packed[..., rows:, :].zero_()
         if padded_cols > cols:
             packed[..., cols:].zero_()
-        packed[..., :rows, :cols].copy_(data.as_strided(shape, strides, data.storage_offset()))
+        target = packed[..., :rows, :cols]
+        wide = _widest_dtype(source_view, target)
+        target.view(wide).copy_(source_view.view(wide))
         return packed
 
     return make
+
+
+def _widest_dtype(*views: torch.Tensor) -> torch.dtype:
+    """Integer type of up to 8 bytes in which all views can be copied: one-byte copies are slow."""
+    for dtype, size in ((torch.int64, 8), (torch.int32, 4), (torch.int16, 2)):
+        if all(
+            view.stride(-1) == 1
+            and size > view.element_size()
+            and view.data_ptr() % size == 0
+            and all(x * view.element_size() % size == 0 for x in (view.shape[-1], *view.stride()[:-1]))
+            for view in views
+        ):
+            return dtype
+    return views[0].dtype
 
 
 def _make_scales(

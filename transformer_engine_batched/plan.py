@@ -85,12 +85,12 @@ def current_sm_count(device_index: int) -> int:
     return count if 0 < count < available else 0
 
 
-_SCALE_ALIGNMENT = scalar_scale_alignment(_C.loaded_version())
+SCALE_ALIGNMENT = scalar_scale_alignment(_C.loaded_version())
 
 
 def aligned_scalar(scalar: torch.Tensor) -> torch.Tensor:
     """A per-tensor scale at an address that the loaded library takes; a copy if it has to be."""
-    return scalar if scalar.data_ptr() % _SCALE_ALIGNMENT == 0 else scalar.clone()
+    return scalar if scalar.data_ptr() % SCALE_ALIGNMENT == 0 else scalar.clone()
 
 
 class CublasLtPlan:
@@ -141,17 +141,30 @@ class CublasLtPlan:
             0 if amax_d is None else amax_d.data_ptr(),
             0 if bias is None else bias.data_ptr() + offset_bias * bytes_bias,
         )
+        self.launch(pointers, d, alpha, beta, autotune)
+
+    def launch(
+        self,
+        pointers: tuple[int, ...],
+        d: torch.Tensor,
+        alpha: float,
+        beta: float,
+        autotune: Optional[bool],
+    ) -> None:
+        """`run` for addresses of a, b, d, their scales (a, b, d), the amax of d, and the bias."""
         if autotuning.is_active() if autotune is None else autotune:
             autotuning.tune(self.problem, self.native, pointers, d, alpha, beta)
         stream = _current_raw_stream(self._device_index)
+        address, workspace = 0, None
         while True:
             size = self._workspace_bytes
-            workspace = torch.empty(size, dtype=torch.uint8, device=d.device) if size else None
-            address = workspace.data_ptr() if size else 0
+            if size:
+                workspace = torch.empty(size, dtype=torch.uint8, device=d.device)
+                address = workspace.data_ptr()
             needed = _C.matmul(self.native, *pointers, alpha, beta, address, size, stream)
             if not needed:
                 return
-            self._workspace_bytes = max(self._workspace_bytes, needed)
+            self._workspace_bytes = max(size, needed)
 
     def bind(
         self,

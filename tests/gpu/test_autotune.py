@@ -11,6 +11,10 @@ from accuracy import sqnr_per_item
 from products import dequantize, make_quantizer, multiply, random_operands
 
 import transformer_engine_batched as teb
+from transformer_engine_batched import _C
+from transformer_engine_batched.native import to_native
+from transformer_engine_batched.plan import WORKSPACE_LIMIT_BYTES
+from transformer_engine_batched.problem import Matrix, Problem
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +91,7 @@ def test_a_file_of_another_library_is_refused(tmp_path):
         teb.load_choices(path)
 
 
-def test_a_broken_algorithm_is_refused(tmp_path):
+def test_a_damaged_file_is_refused(tmp_path):
     a, b, _ = operands()
     path = tmp_path / "choices.json"
     with teb.autotune(path):
@@ -95,6 +99,21 @@ def test_a_broken_algorithm_is_refused(tmp_path):
     content = json.loads(path.read_text())
     content["choices"][0]["algorithm"] = "ff" * (len(content["choices"][0]["algorithm"]) // 2)
     path.write_text(json.dumps(content))
-    teb.load_choices(path)
-    with pytest.raises(teb.UnsupportedError, match="stored autotuned algorithm"):
+    with pytest.raises(ValueError, match="changed or damaged"):
+        teb.load_choices(path)
+
+
+def test_an_algorithm_of_another_problem_is_refused(tmp_path):
+    a, b, _ = operands()
+    with teb.autotune():
         teb.batched_general_gemm(a, b, out_dtype=torch.bfloat16)
+    (choice,) = teb.list_choices()
+    plain = torch.randn(2, 32, 32, device="cuda")
+    problem = Problem(
+        *(2, 32, 32, 32), *(Matrix("fp32", 32, 1024, False), Matrix("fp32", 32, 1024, True)),
+        d=Matrix("fp32", 32, 1024), workspace_limit=WORKSPACE_LIMIT_BYTES,
+    )  # fmt: skip
+    alignment = _C.alignment_of(_C.Pointers(*[plain.data_ptr()] * 3, 0, 0, 0, 0, 0))
+    _C.store_choice(to_native(problem), alignment, bytes.fromhex(choice["algorithm"]))
+    with pytest.raises(teb.UnsupportedError, match="stored autotuned algorithm"):
+        teb.batched_general_gemm(plain, plain.clone())

@@ -162,9 +162,9 @@ def encode_e8m0(values: torch.Tensor) -> torch.Tensor:
     -----
     Source: ``float_to_e8m0`` in TE 2.20.2, ``common/util/ptx_arch_spec.cuh``. Its software branch is
     what stands here. Its Blackwell branch, ``cvt.rp.satfinite.ue8m0x2.f32``, gives the same code
-    for every float, zero, subnormals, infinity and NaN included, going by the software form of that
-    instruction in CUDA's ``cuda_fp8.hpp`` (``__nv_cvt_float_to_e8m0``, ``cudaRoundPosInf``); not
-    compared on hardware.
+    for every float, zero, subnormals, infinity and NaN included: all 2^32 were compared with the
+    software form of that instruction in CUDA 13.0's ``cuda_fp8.hpp`` (``__nv_cvt_float_to_e8m0``,
+    ``cudaRoundPosInf``). Hardware was not asked.
 
     Examples
     --------
