@@ -25,6 +25,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+from rich import box
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -276,13 +277,14 @@ def show_comparison(console: Console, comparison: Comparison, with_times: bool) 
         "outgoing": "out[d,i,j] = sum_k a[d,i,k] b[d,j,k]   (layout TN, row-wise codes)",
         "incoming": "out[d,i,j] = sum_k a[d,k,i] b[d,k,j]   (layout NT, column-wise codes)",
     }
-    table = Table()
+    # No vertical lines: with the times, the table still fits into 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
     table.add_column("engine", no_wrap=True)
-    for heading in ("SQNR\ndB", "worst\nslice dB", "block\nout dB", "operands\nMiB"):
+    for heading in ("SQNR\ndB", "worst\nslice", "block\noutput", "operands\nMiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     if with_times:
-        for heading in ("product\nms", "speed-up\nx", "+ quant.\nms", "speed-up\nx"):
+        for heading in ("product\nms", "over\nBF16", "+ quant.\nms", "over\nBF16"):
             table.add_column(heading, justify="right", no_wrap=True)
     baseline = next(row for row in comparison.measurements if row.name == "BF16")
     for row in comparison.measurements:
@@ -299,7 +301,7 @@ def show_comparison(console: Console, comparison: Comparison, with_times: bool) 
                 (row.product_ms, baseline.product_ms),
                 (row.with_quantization_ms, baseline.with_quantization_ms),
             ):
-                cells += ["-", "-"] if mine is None else [f"{mine:.3f}", f"{theirs / mine:.2f}"]
+                cells += ["-", "-"] if mine is None else [f"{mine:.3f}", f"{theirs / mine:.2f}x"]
         table.add_row(*cells, style=None if row.passed else "red")
     console.print()
     console.print(Text(comparison.direction, "bold"), Text(formula[comparison.direction]))
@@ -312,7 +314,7 @@ def show_notes(console: Console, comparisons: list[Comparison], with_times: bool
     size = len(comparisons[0].distance)
     notes = [
         "SQNR: signal over quantization noise against FP64, higher is better, 6 dB more is half "
-        "the error. Worst slice: the lowest of the channels. Block out: after LayerNorm, "
+        "the error. Worst slice: the lowest of the channels. Block output: after LayerNorm, "
         "projection and gate."
     ]
     padded = {row.name: row.padded_size for row in rows if row.padded_size != size}
@@ -328,7 +330,7 @@ def show_notes(console: Console, comparisons: list[Comparison], with_times: bool
     if with_times:
         notes.append(
             f"Times: CUDA events, median of {REPEATS} after {WARM_UPS} warm-ups; '+ quant.' pads "
-            "and quantizes both operands first. Speed-up: over BF16 of the same table."
+            "and quantizes both operands first. Over BF16: how many times faster than that row."
         )
     console.print()
     for note in notes:

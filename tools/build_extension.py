@@ -92,6 +92,12 @@ def hash_configuration(cmake_args: tuple[str, ...] = ()) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+def describe_result(inputs: str, extension: Path) -> str:
+    """The stamp: what was built, and from what. An extension that pip or CMake put there differs."""
+    state = extension.stat() if extension.is_file() else None
+    return f"{inputs} {state and (state.st_size, state.st_mtime_ns)}"
+
+
 def find_version(distribution: str) -> str | None:
     """Version of an installed distribution, without importing it."""
     try:
@@ -159,7 +165,7 @@ def main() -> int:
     extension = extension_path(ROOT / "transformer_engine_batched")
     stamp = ROOT / "build" / f"{extension.name}.inputs"
     inputs = hash_sources(ROOT) + hash_configuration(tuple(cmake_args))
-    is_current = extension.is_file() and stamp.is_file() and stamp.read_text() == inputs
+    is_current = stamp.is_file() and stamp.read_text() == describe_result(inputs, extension)
     if is_current and not args.force:
         return 0
     started = time.monotonic()
@@ -170,7 +176,7 @@ def main() -> int:
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    stamp.write_text(inputs)
+    stamp.write_text(describe_result(inputs, extension))
     print(f"built in {time.monotonic() - started:.0f} s", flush=True)
     return 0
 
