@@ -35,7 +35,7 @@ help:
 	@echo "                and Transformer Engine. For demo and test: make the environment with it."
 
 setup:
-	@$(BASE_PYTHON) tools/bootstrap.py --venv "$(VENV)"
+	@$(BASE_PYTHON) tools/bootstrap.py --venv "$(VENV)" $(if $(PYTHON),--with-this-python)
 
 in-place:
 	@$(RUN) tools/build_extension.py

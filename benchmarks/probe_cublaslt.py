@@ -240,9 +240,7 @@ def cases():
         yield f"{a}->{d}", dict(a=a, b=a, d=d)
     for layout in ("TN", "NN", "NT"):
         for a in ("bf16", "fp32"):
-            yield f"{a} {layout} odd sizes", dict(
-                a=a, b=a, d=a, m=37, n=41, k=43, layout=layout
-            )
+            yield f"{a} {layout} odd sizes", dict(a=a, b=a, d=a, m=37, n=41, k=43, layout=layout)
     yield "fp8 fast", dict(fast=True)
     yield "host time fp8 128", dict(batch=2, m=128, n=128, k=128, repeat=200)
     yield "host time bf16 128", dict(batch=2, m=128, n=128, k=128, a="bf16", b="bf16", repeat=200)

@@ -7,7 +7,6 @@
 #include <cstring>
 #include <mutex>
 #include <optional>
-#include <sstream>
 #include <unordered_map>
 
 namespace teb {
@@ -134,14 +133,13 @@ Alignment alignment_of(const Pointers& pointers) {
 }
 
 std::string describe(const Algorithm& algorithm) {
-  std::ostringstream text;
-  text << "id=" << get<CUBLASLT_ALGO_CONFIG_ID>(algorithm.algo)
-       << " tile=" << get<CUBLASLT_ALGO_CONFIG_TILE_ID>(algorithm.algo)
-       << " stages=" << get<CUBLASLT_ALGO_CONFIG_STAGES_ID>(algorithm.algo)
-       << " cluster=" << get<CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID>(algorithm.algo)
-       << " splits=" << get<CUBLASLT_ALGO_CONFIG_SPLITK_NUM>(algorithm.algo)
-       << " workspace=" << algorithm.workspace_bytes;
-  return text.str();
+  const cublasLtMatmulAlgo_t& algo = algorithm.algo;
+  return "id=" + std::to_string(get<CUBLASLT_ALGO_CONFIG_ID>(algo)) +
+         " tile=" + std::to_string(get<CUBLASLT_ALGO_CONFIG_TILE_ID>(algo)) +
+         " stages=" + std::to_string(get<CUBLASLT_ALGO_CONFIG_STAGES_ID>(algo)) +
+         " cluster=" + std::to_string(get<CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID>(algo)) +
+         " splits=" + std::to_string(get<CUBLASLT_ALGO_CONFIG_SPLITK_NUM>(algo)) +
+         " workspace=" + std::to_string(algorithm.workspace_bytes);
 }
 
 Plan::Plan(const Problem& problem) : problem_(problem) {

@@ -3,7 +3,6 @@
 #include "problem.h"
 
 #include <limits>
-#include <sstream>
 #include <stdexcept>
 #include <tuple>
 
@@ -53,14 +52,13 @@ void check_matrix(const Problem& problem, const Matrix& x, const char* which, in
 }
 
 std::string describe(const Matrix& x) {
-  std::ostringstream text;
-  text << name(x.dtype) << "(ld=" << x.ld << ", batch_stride=" << x.batch_stride
-       << (x.transposed ? ", transposed" : "");
+  std::string text = name(x.dtype);
+  text += "(ld=" + std::to_string(x.ld) + ", batch_stride=" + std::to_string(x.batch_stride);
+  text += x.transposed ? ", transposed" : "";
   if (x.scale_mode != ScaleMode::kNone) {
-    text << ", scale=" << name(x.scale_mode);
+    text += std::string(", scale=") + name(x.scale_mode);
   }
-  text << ")";
-  return text.str();
+  return text + ")";
 }
 
 }  // namespace
@@ -168,22 +166,26 @@ void Problem::check() const {
 }
 
 std::string Problem::to_string() const {
-  std::ostringstream text;
-  text << "Problem(batch=" << batch << ", m=" << m << ", n=" << n << ", k=" << k
-       << ", a=" << describe(a) << ", b=" << describe(b) << ", d=" << describe(d);
+  // No streams: their locales break where the compiler links its own libstdc++ into the extension.
+  std::string text = "Problem(batch=" + std::to_string(batch) + ", m=" + std::to_string(m) +
+                     ", n=" + std::to_string(n) + ", k=" + std::to_string(k) +
+                     ", a=" + describe(a) + ", b=" + describe(b) + ", d=" + describe(d);
   if (epilogue != Epilogue::kNone) {
-    text << ", epilogue=" << name(epilogue);
+    text += std::string(", epilogue=") + name(epilogue);
   }
   if (has_bias(epilogue)) {
-    text << ", bias=" << name(bias_dtype) << "(batch_stride=" << bias_batch_stride << ")";
+    text += std::string(", bias=") + name(bias_dtype) +
+            "(batch_stride=" + std::to_string(bias_batch_stride) + ")";
   }
-  text << (accumulate ? ", accumulate" : "") << (fast_accumulation ? ", fast_accumulation" : "")
-       << (allow_tf32 ? ", allow_tf32" : "") << (amax_d ? ", amax_d" : "");
+  text += accumulate ? ", accumulate" : "";
+  text += fast_accumulation ? ", fast_accumulation" : "";
+  text += allow_tf32 ? ", allow_tf32" : "";
+  text += amax_d ? ", amax_d" : "";
   if (sm_count != 0) {
-    text << ", sm_count=" << sm_count;
+    text += ", sm_count=" + std::to_string(sm_count);
   }
-  text << ", device=" << device << ", workspace_limit=" << workspace_limit << ")";
-  return text.str();
+  return text + ", device=" + std::to_string(device) +
+         ", workspace_limit=" + std::to_string(workspace_limit) + ")";
 }
 
 }  // namespace teb

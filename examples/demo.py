@@ -277,14 +277,15 @@ def show_comparison(console: Console, comparison: Comparison, with_times: bool) 
         "outgoing": "out[d,i,j] = sum_k a[d,i,k] b[d,j,k]   (layout TN, row-wise codes)",
         "incoming": "out[d,i,j] = sum_k a[d,k,i] b[d,k,j]   (layout NT, column-wise codes)",
     }
-    # No vertical lines: with the times, the table still fits into 80 columns.
-    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    # No vertical lines, and no air in a narrow window: the ten columns fit into 80 characters.
+    padding = (0, 1 if console.width >= 96 else 0)
+    table = Table(box=box.SIMPLE_HEAD, padding=padding, collapse_padding=True, pad_edge=False)
     table.add_column("recipe", no_wrap=True)
     table.add_column("engine", no_wrap=True)
-    for heading in ("SQNR\ndB", "worst\nslice", "block\noutput", "operands\nMiB"):
+    for heading in ("SQNR\ndB", "worst\nslice", "block\noutput", "size\nMiB"):
         table.add_column(heading, justify="right", no_wrap=True)
     if with_times:
-        for heading in ("product\nms", "over\nBF16", "+ quant.\nms", "over\nBF16"):
+        for heading in ("time\nms", "over\nBF16", "+quant\nms", "over\nBF16"):
             table.add_column(heading, justify="right", no_wrap=True)
     baseline = next(row for row in comparison.measurements if row.name == "BF16")
     for row in comparison.measurements:
@@ -322,14 +323,14 @@ def show_notes(console: Console, comparisons: list[Comparison], with_times: bool
         sizes = ", ".join(f"{name} {value}" for name, value in padded.items())
         notes.append(f"N = {size} is padded with zeros before it is quantized: {sizes}.")
     notes.append(
-        "Operands: both factors as stored, codes and scales. Incoming, the per-tensor quantizers "
+        "Size: both factors as stored, codes and scales. Incoming, the per-tensor quantizers "
         "of Transformer Engine keep row-wise codes beside the column-wise ones."
     )
     if any(row.engine == "emulated" for row in rows):
         notes.append("Emulated: exact arithmetic of a recipe this device lacks, so without a time.")
     if with_times:
         notes.append(
-            f"Times: CUDA events, median of {REPEATS} after {WARM_UPS} warm-ups; '+ quant.' pads "
+            f"Times: CUDA events, median of {REPEATS} after {WARM_UPS} warm-ups; '+quant' pads "
             "and quantizes both operands first. Over BF16: how many times faster than that row."
         )
     console.print()

@@ -15,6 +15,12 @@ settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fuzz-cases", type=int, default=400, help="how many random products test_fuzz.py runs"
+    )
+
+
 @pytest.fixture
 def emulated():
     """The whole test runs inside `teb.emulate()`."""

@@ -370,7 +370,9 @@ def test_padding_is_zero_and_only_padding(fresh_launches, monkeypatch):
     # What an allocation holds before is anything; make it NaN codes.
     new_empty = torch.Tensor.new_empty
     monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda self, *args, **options: new_empty(self, *args, **options).fill_(127)
+        torch.Tensor,
+        "new_empty",
+        lambda self, *args, **options: new_empty(self, *args, **options).fill_(127),
     )
     sides = make_sides("float8_current", "TN", m=5, n=3, k=10)
     run(sides, "TN")
@@ -640,7 +642,11 @@ def _torch_fp8(name):
 
 
 def test_delayed_output_is_written_by_the_product_where_it_can_be(fresh_launches):
-    for fp8, out_fp8, fused in (("e4m3", "e4m3", True), ("e4m3", "e5m2", False), ("e5m2", "e5m2", True)):
+    for fp8, out_fp8, fused in (
+        ("e4m3", "e4m3", True),
+        ("e4m3", "e5m2", False),
+        ("e5m2", "e5m2", True),
+    ):
         sides = make_sides("float8_current", "TN", m=16, n=32, k=32, fp8=("e4m3", fp8))
         quantizer = make_quantizer("float8_delayed", out_fp8)
         out = run(sides, "TN", quantization_params=quantizer)
@@ -668,7 +674,14 @@ def test_delayed_output_after_bias_and_gelu(bias_dtype, gelu, n):
 def test_delayed_output_amax_is_that_of_all_launches(batches):
     for seed in range(4):
         sides = make_sides(
-            "float8_current", "TN", m=16, n=32, k=32, batch_a=batches[0], batch_b=batches[1], seed=seed
+            "float8_current",
+            "TN",
+            m=16,
+            n=32,
+            k=32,
+            batch_a=batches[0],
+            batch_b=batches[1],
+            seed=seed,
         )
         quantizer = make_quantizer("float8_delayed")
         out = run(sides, "TN", quantization_params=quantizer)
@@ -707,7 +720,9 @@ def test_other_outputs_are_quantized_after_the_product(recipe, out_recipe):
 
 @pytest.mark.parametrize("out_recipe", ("float8_delayed", "float8_current"))
 def test_quantized_output_of_an_empty_product(out_recipe):
-    a = make_operand("float8_current", (2, 32, 0), last_dim=True, seed=0, values=torch.randn(2, 32, 0))
+    a = make_operand(
+        "float8_current", (2, 32, 0), last_dim=True, seed=0, values=torch.randn(2, 32, 0)
+    )
     out = teb.batched_general_gemm(
         a.tensor, a.tensor, quantization_params=make_quantizer(out_recipe)
     )
@@ -722,7 +737,9 @@ def test_inputs_that_require_grad_are_taken_under_no_grad():
     with torch.no_grad():
         out = teb.batched_general_gemm(x, x)
     assert not out.requires_grad
-    assert_accurate(teb.batched_general_gemm(x.detach(), x.detach()), exact_product("TN", x, x).detach())
+    assert_accurate(
+        teb.batched_general_gemm(x.detach(), x.detach()), exact_product("TN", x, x).detach()
+    )
 
 
 def test_bmm_follows_autocast_like_torch():
@@ -783,7 +800,9 @@ def test_signature_is_that_of_general_gemm():
     theirs = inspect.signature(cpp_extensions.general_gemm).parameters
     ours = inspect.signature(teb.batched_general_gemm).parameters
     shared = [
-        name for name, parameter in ours.items() if parameter.kind == parameter.POSITIONAL_OR_KEYWORD
+        name
+        for name, parameter in ours.items()
+        if parameter.kind == parameter.POSITIONAL_OR_KEYWORD
     ]
     assert shared == list(theirs)[: len(shared)]
     assert set(theirs) - set(shared) == set(gemm._COMMUNICATION)
@@ -835,3 +854,79 @@ def test_misaligned_out():
     sides = make_sides("float8_current", "TN", m=16, n=32, k=32)
     out = poisoned((3 * 16 * 32 + 1,), torch.float32)[1:].view(3, 16, 32)
     assert_accurate(run(sides, "TN", out=out), sides.expected)
+
+
+# --- the short way of a warm call -------------------------------------------------------------------------
+
+
+class RecordingPlan(SilentPlan):
+    """Stands for the cublaslt engine: keeps the addresses of the short way, or the tensors of the long."""
+
+    def __init__(self, problem):
+        super().__init__(problem)
+        self.launched = []
+
+    def launch(self, pointers, out, alpha, beta, autotune):
+        self.launched.append((pointers, out, alpha, beta))
+
+
+@pytest.fixture
+def recorded_cublaslt(monkeypatch, fresh_launches):
+    monkeypatch.setattr(gemm, "find_engine", lambda *_, **__: "cublaslt")
+    monkeypatch.setitem(launch_module._PLANS, "cublaslt", RecordingPlan)
+
+
+@pytest.mark.parametrize("recipe", ("bf16", "float8_current"))
+@pytest.mark.parametrize("with_bias", (False, True))
+@pytest.mark.usefixtures("recorded_cublaslt")
+def test_short_way_hands_over_the_addresses(recipe, with_bias):
+    sides = make_sides(recipe, "TN", m=16, n=32, k=32)
+    bias = random_values((32,), 3).bfloat16() if with_bias else None
+    out = torch.zeros(3, 16, 32, dtype=torch.bfloat16)
+    run(sides, "TN", out=out, bias=bias, alpha=0.5, accumulate=True, beta=2.0)
+    ((pointers, written, alpha, beta),) = last_launch().plan.launched
+    left, right = sides.b.tensor, sides.a.tensor
+    expected = [left.data_ptr(), right.data_ptr(), out.data_ptr(), 0, 0, 0, 0, 0]
+    if recipe != "bf16":
+        expected[:2] = left._data.data_ptr(), right._data.data_ptr()
+        expected[3:5] = left._scale_inv.data_ptr(), right._scale_inv.data_ptr()
+    if with_bias:
+        expected[7] = bias.data_ptr()
+    assert list(pointers) == expected
+    assert written is out and (alpha, beta) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    ("ragged", "float32 bias", "gelu after it", "fp16 from bf16", "batch loop", "scale address"),
+)
+@pytest.mark.usefixtures("recorded_cublaslt")
+def test_short_way_is_not_taken_where_there_is_more_to_do(change):
+    recipe = "bf16" if change == "fp16 from bf16" else "float8_current"
+    batches = ((2, 1), (1, 3)) if change == "batch loop" else ((3,), (3,))
+    n = 30 if change == "ragged" else 32
+    sides = make_sides(recipe, "TN", m=16, n=n, k=32, batch_a=batches[0], batch_b=batches[1])
+    options = {}
+    if change in ("float32 bias", "gelu after it"):
+        options.update(bias=torch.randn(32), gelu=change == "gelu after it")
+    if change == "fp16 from bf16":
+        options.update(out_dtype=torch.float16)
+    if change == "scale address":
+        scale = sides.a.tensor._scale_inv
+        sides.a.tensor._scale_inv = torch.cat([scale, scale])[1:]
+    run(sides, "TN", **options)
+    plan = last_launch().plan
+    assert plan.launched == [] and len(plan.seen) == (2 if change == "batch loop" else 1)
+
+
+def test_copies_of_operands_in_misaligned_memory():
+    # Memory that does not start at a multiple of 8 bytes, as numpy's and memory-mapped files' may not.
+    for start in range(0, 16, 4):
+        memory = bytearray(4 * 2 * 6 * 10 + 64)
+        flat = torch.frombuffer(memory, dtype=torch.float32, offset=start)
+        for skip in range(4):
+            values = flat[skip : skip + 96].view(2, 6, 8)
+            values.copy_(random_values((2, 6, 8), skip))
+            expanded = values[:, :1].expand(2, 6, 8)
+            for x in (values, expanded):
+                assert_accurate(teb.bmm(x, x.mT), x.double() @ x.double().mT)

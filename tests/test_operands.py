@@ -211,7 +211,9 @@ def test_expand_is_that_of_torch(view):
     assert addresses(operand.expand(wanted)) == view_addresses(expanded)
 
 
-@given(st.lists(st.lists(st.sampled_from((1, 1, 2, 3)), max_size=4).map(tuple), min_size=2, max_size=3))
+@given(
+    st.lists(st.lists(st.sampled_from((1, 1, 2, 3)), max_size=4).map(tuple), min_size=2, max_size=3)
+)
 def test_broadcast_shapes_is_that_of_torch(batches):
     try:
         expected = tuple(torch.broadcast_shapes(*batches))

@@ -29,7 +29,9 @@ EPILOGUES = {"none": 1, "bias": 4, "gelu": 32, "gelu_bias": 36}
 SCALE_SCALAR_32F, SCALE_VEC32_UE8M0 = 0, 2
 
 
-def make_matrix(dtype, rows, cols, *, transposed=False, gap=0, skip=0, scale_mode=None, broadcast=False):
+def make_matrix(
+    dtype, rows, cols, *, transposed=False, gap=0, skip=0, scale_mode=None, broadcast=False
+):
     """A matrix with `gap` unused elements after each row and `skip` after each item."""
     ld = (rows if transposed else cols) + gap
     stride = 0 if broadcast else ld * (cols if transposed else rows) + skip

@@ -144,7 +144,9 @@ def test_scale_address_alignment(version, expected):
 def test_e5m2_pairs():
     for pair in (("e4m3", "e4m3"), ("e4m3", "e5m2"), ("e5m2", "e4m3")):
         support.check_fp8_pair(*pair, "A", "B")
-    with pytest.raises(UnsupportedError, match="operands A and B are both E5M2.*one of them to E4M3"):
+    with pytest.raises(
+        UnsupportedError, match="operands A and B are both E5M2.*one of them to E4M3"
+    ):
         support.check_fp8_pair("e5m2", "e5m2", "A", "B")
 
 
@@ -223,6 +225,8 @@ def test_support_imports_no_torch():
         name
         for node in ast.walk(ast.parse(source))
         if isinstance(node, (ast.Import, ast.ImportFrom))
-        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [x.name for x in node.names])
+        for name in (
+            [node.module] if isinstance(node, ast.ImportFrom) else [x.name for x in node.names]
+        )
     ]
     assert set(imported) == {"__future__", "dataclasses", "typing", "errors"}

@@ -214,6 +214,8 @@ class Environment:
         variables.setdefault("CXX", find_compiler() or "c++")
         # TE would take a toolkit's headers where it finds one, and not every toolkit has cuBLAS's.
         variables["NVTE_BUILD_USE_NVIDIA_WHEELS"] = "1"
+        # TE would add our commit to its own version, and pip refuse the package for it.
+        variables["NVTE_NO_LOCAL_VERSION"] = "1"
         return variables
 
     def steps(self):
@@ -229,7 +231,7 @@ class Environment:
             "virtual environment {} with Python {}".format(self.venv, platform.python_version()),
             [self.venv, ROOT, sys.base_prefix, sys.version],
             self.make_venv,
-            is_intact=self.runs_python,
+            is_intact=lambda: runs_python(self.python),
         )
         tools_step = self.pip_step("tools", "build and test tools", tools, [venv])
         torch = self.pip_step(
@@ -282,13 +284,6 @@ class Environment:
             [self.python, "-m", "pip", command] + quiet + list(arguments), **options
         )
 
-    def runs_python(self):
-        """Whether the environment's interpreter is there and starts."""
-        try:
-            return subprocess.call([self.python, "-I", "-S", "-c", ""]) == 0
-        except OSError:
-            return False
-
     def make_venv(self):
         """Makes the environment anew."""
         if os.path.isdir(self.venv):
@@ -302,7 +297,9 @@ class Environment:
         os.makedirs(self.stamps)
         os.makedirs(self.temporary)
         try:
-            self.runner.run([sys.executable, "-m", "venv", self.venv], "making the environment")
+            # The Python below any environment that we run in: that one may be about to go.
+            python = getattr(sys, "_base_executable", sys.executable)
+            self.runner.run([python, "-m", "venv", self.venv], "making the environment")
         except SetupError as error:
             if "ensurepip" in str(error):
                 raise SetupError(
@@ -427,6 +424,25 @@ def set_up(environment):
     return subprocess.call([environment.python, builder], env=environment.variables())
 
 
+def runs_python(python):
+    """Whether an interpreter is there and starts."""
+    try:
+        return subprocess.call([python, "-I", "-S", "-c", ""], stderr=subprocess.DEVNULL) == 0
+    except OSError:
+        return False
+
+
+def find_kept_python(venv, prefix):
+    """The Python of an environment made earlier, if it should go on instead of the one at prefix.
+
+    An environment keeps its Python when a shell has another one first on PATH.
+    """
+    python = os.path.join(venv, "bin", "python")
+    is_ours = os.path.isdir(os.path.join(venv, "setup-steps"))
+    is_running = os.path.realpath(venv) == os.path.realpath(prefix)
+    return python if is_ours and not is_running and runs_python(python) else None
+
+
 def take_lock(path):
     """Waits until no other set-up works in this checkout; returns the lock's file descriptor."""
     import fcntl
@@ -449,7 +465,15 @@ def main():
     """Sets up and returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--venv", default=os.path.join(ROOT, ".venv"), help="folder to set up")
+    parser.add_argument(
+        "--with-this-python",
+        action="store_true",
+        help="make it anew if it was made with another Python",
+    )
     arguments = parser.parse_args()
+    kept = None if arguments.with_this_python else find_kept_python(arguments.venv, sys.prefix)
+    if kept:
+        os.execv(kept, [kept, os.path.abspath(__file__), "--venv", arguments.venv])
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     try:

@@ -148,9 +148,11 @@ def build_extension(
     if ninja is not None:
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     run([*configure, *cmake_args], "configuring the C++ extension")
+    # Another configuration may have put its own there, which would look up to date.
+    extension = extension_path(output_dir)
+    extension.unlink(missing_ok=True)
     jobs = len(os.sched_getaffinity(0))
     run([cmake, "--build", str(build_dir), "--parallel", str(jobs)], "compiling the C++ extension")
-    extension = extension_path(output_dir)
     if not extension.is_file():
         raise BuildError(f"CMake ended without an error and without making {extension}")
     return extension

@@ -251,6 +251,8 @@ def _multiply(
             _check_gradients(out, "out")
         if bias is not None:
             _check_gradients(bias, "bias")
+    if bias is not None and (is_quantized(bias) or not isinstance(bias, torch.Tensor)):
+        raise TypeError(f"bias: expected a torch.Tensor, got {type(bias).__name__}")
     if alpha != 1.0 or beta is not None or accumulate:
         alpha, beta = _check_factors(alpha, beta, accumulate)
         if accumulate and out is None:

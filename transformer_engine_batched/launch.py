@@ -21,6 +21,7 @@ from .operands import (
     PackedCopy,
     contiguous_strides,
     fold_batch,
+    has_single_stride,
     round_up,
 )
 from .plan import (
@@ -163,7 +164,9 @@ class Launch:
         # Both contiguous along k is what every format takes; it is also what Hopper's FP8 insists on.
         tn_only = not supports_non_tn(fmt, device)
         limit = max_leading_dimension_bytes(device.cublaslt)
-        choose = _Chooser(alignment.address_multiple, tn_only, limit, repeat=fmt == "mxfp8")
+        # The library walks block scales item after item, whatever the batch strides of the codes.
+        in_order = fmt == "mxfp8"
+        choose = _Chooser(alignment.address_multiple, tn_only, limit, in_order)
         a_operand, a_transposed, a_copy = choose.orient(
             a, batch_shape, preferred=False, row_multiple=1, col_multiple=alignment.k_multiple
         )
@@ -179,6 +182,7 @@ class Launch:
         is_direct = native and padded_n == n
         if given is not None and is_direct:
             is_direct = _is_writable(given, d_dtype, alignment.address_multiple, out.is_aligned)
+            is_direct &= not in_order or has_single_stride(batch_shape, given.batch_strides)
         d_shape = (*batch_shape, m, padded_n)
         d_operand = (
             given
@@ -188,23 +192,26 @@ class Launch:
 
         has_bias = extras.bias_operand is not None
         fuse = extras.fuse_epilogue and padded_n == n and native
-        bias_is_fused = fuse and has_bias and extras.bias_dtype == fused_bias_dtype(fmt, d_dtype)
+        bias_strides = (0,) * len(batch_shape)
+        if has_bias:
+            bias_strides = extras.bias_operand.expand(batch_shape).batch_strides
+        bias_is_fused = (
+            fuse
+            and has_bias
+            and extras.bias_dtype == fused_bias_dtype(fmt, d_dtype)
+            and (not in_order or has_single_stride(batch_shape, bias_strides))
+        )
         gelu_is_fused = fuse and extras.gelu and (bias_is_fused or not has_bias)
         if fp8_output and (has_bias and not bias_is_fused or extras.gelu and not gelu_is_fused):
             # What follows the product must precede its quantization: write high precision first.
             return cls.prepare(**{**arguments, "out": Output(out.dtype)})
 
-        bias_strides = (
-            extras.bias_operand.expand(batch_shape).batch_strides
-            if bias_is_fused
-            else (0,) * len(batch_shape)
-        )
         folded = fold_batch(
             batch_shape,
             a_operand.batch_strides,
             b_operand.batch_strides,
             d_operand.batch_strides,
-            bias_strides,
+            bias_strides if bias_is_fused else (0,) * len(batch_shape),
         )
         scale_mode = _SCALE_MODES.get(fmt, "none")
         strides = folded.strides
@@ -236,7 +243,7 @@ class Launch:
             scales_a=_make_scales(a, batch_shape),
             scales_b=_make_scales(b, batch_shape),
             out_shape=(*batch_shape, m, n),
-            out_dtype=TORCH_DTYPES[out.dtype],
+            out_dtype=torch.uint8 if fp8_output else TORCH_DTYPES[out.dtype],
             buffer_shape=None if is_direct else d_shape,
             buffer_dtype=torch.uint8 if fp8_output else TORCH_DTYPES[d_dtype],
             bias_is_fused=bias_is_fused,
@@ -309,17 +316,24 @@ class Launch:
             d = out = a.new_empty(self.out_shape, dtype=self.buffer_dtype)
         else:
             d = out
-        scale_d = amax_d = None
+        scale_d = amaxes = amax_d = None
         if self.has_fp8_output:
-            scale_d, amax_d = aligned_scalar(quantizer.scale), aligned_scalar(quantizer.amax)
+            scale_d = aligned_scalar(quantizer.scale)
+            amax_d = quantizer.amax
+            if len(self.folded.offsets) > 1 or amax_d.data_ptr() % SCALE_ALIGNMENT:
+                # Each launch overwrites its amax: one for each, at aligned addresses.
+                row = SCALE_ALIGNMENT // 4
+                amaxes = a.new_empty((len(self.folded.offsets), row), dtype=torch.float32)
         fused_bias = bias if self.bias_is_fused else None
-        for offsets in self.folded.offsets:
+        for index, offsets in enumerate(self.folded.offsets):
+            if amaxes is not None:
+                amax_d = amaxes[index, :1]
             self.plan.run(
                 a, b, d, offsets, scale_inv_a, scale_inv_b, scale_d, amax_d, fused_bias, alpha, beta,
                 autotune,
             )  # fmt: skip
-        if amax_d is not None and amax_d is not quantizer.amax:
-            quantizer.amax.copy_(amax_d)
+        if amaxes is not None:
+            quantizer.amax.copy_(amaxes[:, 0].max())
         if self.is_plain:
             return out
         if self.buffer_shape is not None:
@@ -390,7 +404,7 @@ class _Chooser:
     address_multiple: int
     tn_only: bool
     max_ld_bytes: Optional[int]
-    repeat: bool  # block scales are per item, so a broadcast operand is repeated
+    in_order: bool  # items must follow one another: broadcast operands are repeated
 
     def orient(
         self,
@@ -410,7 +424,7 @@ class _Chooser:
             and operand.rows % row_multiple == 0
             and operand.cols % col_multiple == 0
             and self._has_good_addresses(x, operand, transposed)
-            and not (self.repeat and self._is_broadcast(operand))
+            and not (self.in_order and not self._is_in_order(operand))
         )
         if fits:
             return operand, transposed, None
@@ -418,16 +432,17 @@ class _Chooser:
             transposed=preferred,
             row_multiple=row_multiple,
             col_multiple=col_multiple,
-            repeat=self.repeat,
+            repeat=self.in_order,
         )
         return copy.operand, preferred, copy
 
     @staticmethod
-    def _is_broadcast(operand: Operand) -> bool:
-        return any(
+    def _is_in_order(operand: Operand) -> bool:
+        is_broadcast = any(
             size > 1 and stride == 0
             for size, stride in zip(operand.batch_shape, operand.batch_strides)
         )
+        return not is_broadcast and has_single_stride(operand.batch_shape, operand.batch_strides)
 
     def _has_good_addresses(self, x: Input, operand: Operand, transposed: bool) -> bool:
         size = element_bytes(x.dtype)
@@ -492,7 +507,9 @@ def _widest_dtype(*views: torch.Tensor) -> torch.dtype:
             view.stride(-1) == 1
             and size > view.element_size()
             and view.data_ptr() % size == 0
-            and all(x * view.element_size() % size == 0 for x in (view.shape[-1], *view.stride()[:-1]))
+            and all(
+                x * view.element_size() % size == 0 for x in (view.shape[-1], *view.stride()[:-1])
+            )
             for view in views
         ):
             return dtype

@@ -193,6 +193,11 @@ def fold_batch(shape: tuple[int, ...], *operand_strides: tuple[int, ...]) -> Fol
     return FoldedBatch(size, strides, tuple(offsets))
 
 
+def has_single_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether batch dims of an operand merge into one, in row-major order of the items."""
+    return len(fold_batch(shape, strides).offsets) == 1
+
+
 def num_elements_spanned(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
     """Elements from the first to the last of a strided tensor, both included; 0 for an empty one."""
     if prod(shape) == 0:
