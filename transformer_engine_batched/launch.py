@@ -507,6 +507,7 @@ def _widest_dtype(*views: torch.Tensor) -> torch.dtype:
             view.stride(-1) == 1
             and size > view.element_size()
             and view.data_ptr() % size == 0
+            and view.storage_offset() * view.element_size() % size == 0
             and all(
                 x * view.element_size() % size == 0 for x in (view.shape[-1], *view.stride()[:-1])
             )
