@@ -30,7 +30,8 @@ class DeviceLostError(RuntimeError):
 class CudaClock:
     """Times a region of the current stream with CUDA events.
 
-    Before each region the device spins for about 0.1 ms. The host uses that head start to enqueue
+    Each region starts on an idle device, else a loop of launches would hide its host time behind what
+    others have queued. Then the device spins for about 0.1 ms. The host uses that head start to enqueue
     the region, so a single kernel is timed without the host's share; a loop of hundreds of launches
     stays bound by the host, as it is in use.
     """
@@ -40,6 +41,7 @@ class CudaClock:
     def start(self) -> Any:
         """Mark the start of a region; returns the token for `stop` and `read_ms`."""
         pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
         torch.cuda._sleep(self._HEAD_START_CYCLES)
         pair[0].record()
         return pair

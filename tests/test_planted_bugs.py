@@ -250,6 +250,15 @@ def test_wrong_block_scales_are_caught(monkeypatch, bug, rows):
     assert_gate_bites(out, a.exact @ a.exact.mT)
 
 
+def test_launches_that_all_read_the_first_scales_are_caught(monkeypatch):
+    # Several launches of one product, as if block scales had offsets like codes.
+    monkeypatch.setattr(launch_module, "has_single_stride", lambda *_: True)
+    sides = make_sides("mxfp8", "TN", m=32, n=64, k=32, batch_a=(2, 3))
+    out = torch.empty(3, 2, 32, 64).transpose(0, 1)
+    teb.batched_general_gemm(sides.a.tensor, sides.b.tensor, out=out)
+    assert_gate_bites(out, sides.expected)
+
+
 # --- codes of an FP8 output -------------------------------------------------------------------------------
 
 
