@@ -19,7 +19,7 @@ from typing import Any, Callable, Mapping, Sequence
 import torch
 
 from benchmarks import gate, peers, timing
-from benchmarks.peers import BASELINE, TE_LOOP, Variant
+from benchmarks.peers import BASELINE, TE_LOOP, TE_LOOP_FAST, Variant
 from benchmarks.points import Operands, Point, make_operands
 from benchmarks.stored_results import clean_reason
 
@@ -141,10 +141,16 @@ def _run_phase(
 
 
 def _fill_ratios(rows: Sequence[Row]) -> None:
-    loop = next((r["median_ms"] for r in rows if r["variant"] == TE_LOOP.name), None)
+    loops = {
+        row["accumulation"]: row["median_ms"]
+        for row in rows
+        if row["variant"] in (TE_LOOP.name, TE_LOOP_FAST.name)
+    }
     for row in rows:
         if row["median_ms"] is None:
             continue
+        # To the loop with the same accumulation; BF16 has none of its own and is put beside split.
+        loop = loops.get("fast" if row["accumulation"] == "fast" else "split")
         if row["baseline_ms"] is not None:
             row["ratio_to_bf16"] = row["baseline_ms"] / row["median_ms"]
         if loop is not None:

@@ -39,6 +39,7 @@ def _ratio(size: int, batch: int, variant: str, field: str, bound: float, text: 
 
 _SPLIT = "split accumulation over torch.bmm BF16"
 _FAST = "fast accumulation with autotune over torch.bmm BF16"
+_LOOP_FAST = "fast accumulation with autotune over the same loop, fast"
 _LOOP = "split accumulation over a loop of `general_gemm`"
 GOALS = (
     _ratio(2048, 32, "ours_split", "ratio_to_bf16", 1.6, _SPLIT),
@@ -47,6 +48,7 @@ GOALS = (
     _ratio(2048, 32, "ours_fast_tuned", "ratio_to_bf16", 1.85, _FAST),
     _ratio(512, 512, "ours_fast_tuned", "ratio_to_bf16", 1.5, _FAST),
     _ratio(2048, 32, "ours_split", "ratio_to_te_loop", 1.5, _LOOP),
+    _ratio(2048, 32, "ours_fast_tuned", "ratio_to_te_loop", 1.5, _LOOP_FAST),
     _ratio(512, 512, "ours_split", "ratio_to_te_loop", 20.0, _LOOP),
     Goal(
         "host",

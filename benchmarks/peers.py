@@ -10,6 +10,7 @@ prepared, so that one that cannot be imported costs only its own row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Callable, Sequence
 
 import torch
@@ -116,7 +117,9 @@ def split_items(x: Any) -> list[Any]:
     ]
 
 
-def _prepare_te_loop(sets: Sequence[Operands], out: torch.Tensor) -> Call:
+def _prepare_te_loop(
+    sets: Sequence[Operands], out: torch.Tensor, use_split_accumulator: bool = True
+) -> Call:
     from transformer_engine.pytorch.cpp_extensions import general_gemm
 
     items = [list(zip(split_items(x.right_fp8), split_items(x.left_fp8))) for x in sets]
@@ -130,7 +133,7 @@ def _prepare_te_loop(sets: Sequence[Operands], out: torch.Tensor) -> Call:
                 out_dtype=out.dtype,
                 layout="TN",
                 out=item_out,
-                use_split_accumulator=True,
+                use_split_accumulator=use_split_accumulator,
             )
         return out
 
@@ -203,6 +206,13 @@ def _prepare_scaled_grouped_mm(sets: Sequence[Operands], out: torch.Tensor) -> C
 
 BASELINE = Variant("torch_bmm", "torch.bmm BF16", "bf16", _prepare_torch_bmm, on_every_point=True)
 TE_LOOP = Variant("te_loop", "loop of TE `general_gemm`", "split", _prepare_te_loop, is_looped=True)
+TE_LOOP_FAST = Variant(
+    "te_loop_fast",
+    "loop of TE `general_gemm`, fast",
+    "fast",
+    partial(_prepare_te_loop, use_split_accumulator=False),
+    is_looped=True,
+)
 VARIANTS = (
     BASELINE,
     _ours(use_split_accumulator=True, is_tuned=False),
@@ -210,6 +220,7 @@ VARIANTS = (
     _ours(use_split_accumulator=True, is_tuned=True),
     _ours(use_split_accumulator=False, is_tuned=True),
     TE_LOOP,
+    TE_LOOP_FAST,
     Variant(
         "te_grouped", "TE `general_grouped_gemm`", "split", _prepare_te_grouped, is_looped=True
     ),

@@ -234,6 +234,7 @@ _STYLES = {
     "ours_split_tuned": ("#0072B2", "s", ":"),
     "ours_fast_tuned": ("#D55E00", "D", "-"),
     "te_loop": ("#009E73", "v", "--"),
+    "te_loop_fast": ("#009E73", "^", ":"),
     "te_grouped": ("#CC79A7", "<", "--"),
     "scaled_mm_loop": ("#E69F00", ">", "--"),
     "scaled_grouped_mm": ("#8C6BB1", "P", "--"),
