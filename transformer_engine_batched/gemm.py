@@ -266,6 +266,7 @@ def _multiply(
     if quantizer is not None or out is not None:
         _check_destination(quantizer, out, accumulate, out_dtype)
         if quantizer is not None and is_delayed_quantizer(quantizer):
+            _check_delayed_state(quantizer, left[3].data.device)
             fp8_output = quantizer_fp8_dtype(quantizer)
     if out is not None:
         out_dtype = out.dtype
@@ -599,6 +600,25 @@ def _check_destination(
         )
 
 
+def _check_delayed_state(quantizer: Quantizer, device: torch.device) -> None:
+    for name in ("scale", "amax"):
+        state = getattr(quantizer, name)
+        if (
+            not isinstance(state, torch.Tensor)
+            or state.dtype != torch.float32
+            or state.numel() != 1
+            or state.device != device
+        ):
+            came = (
+                f"{state.dtype} {list(state.shape)} on {state.device}"
+                if isinstance(state, torch.Tensor)
+                else type(state).__name__
+            )
+            raise ValueError(
+                f"the quantizer's `{name}` must be one float32 on {device}, got {came}"
+            )
+
+
 def _check_aliasing(
     out: torch.Tensor, left: tuple, right: tuple, bias: Optional[torch.Tensor]
 ) -> None:
@@ -614,8 +634,8 @@ def _check_aliasing(
         other_start, other_end = _memory_span(tensor)
         if start < other_end and other_start < end:
             raise ValueError(
-                f"out and {name} share memory: the product would read what it has written; pass another "
-                "out"
+                f"out and {name} share memory (their first to last elements overlap): the product could "
+                "read what it has written; pass another out"
             )
 
 
