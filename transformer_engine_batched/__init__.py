@@ -20,13 +20,15 @@ from ._version import __version__
 from .autotuning import autotune, clear_choices, list_choices, load_choices, save_choices
 from .emulation import emulate
 from .errors import UnsupportedError
-from .gemm import batched_general_gemm, bmm
+from .gemm import batched_general_gemm
+from .module import BatchedMatmul, bmm
 from .plan import limit_sms
 from .quantize import quantize
 
 _plugin.attach()
 
 __all__ = [
+    "BatchedMatmul",
     "UnsupportedError",
     "__version__",
     "autotune",

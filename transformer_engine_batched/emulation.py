@@ -6,9 +6,9 @@ Holds only the state of the switch; who consults it decides what it means. Impor
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Iterator, NamedTuple, Optional
+from typing import Callable, ContextManager, Iterator, NamedTuple, Optional
 
 
 class Emulation(NamedTuple):
@@ -19,6 +19,7 @@ class Emulation(NamedTuple):
 
 
 _OFF = Emulation()
+_contexts: list[Callable[[], ContextManager[None]]] = []
 _state: ContextVar[Emulation] = ContextVar("transformer_engine_batched_emulation", default=_OFF)
 
 
@@ -36,6 +37,9 @@ def emulate(engine: Optional[str] = None) -> Iterator[None]:
     times scales, summed in FP64, rounded once. What the device can run, it still runs. MXFP8 on a CUDA
     device without MXFP8 runs as a BF16 product of the decoded operands, which is exact up to the order of
     the FP32 sums, since an FP8 code times a power of two is a BF16 number (checked, range permitting).
+
+    TE's own support checks pass inside, so that `te.autocast` accepts every recipe; modules of TE other than
+    this package's still need their hardware and fail with their own error.
 
     The switch holds for the current thread (or asyncio task) and nests.
 
@@ -61,6 +65,14 @@ def emulate(engine: Optional[str] = None) -> Iterator[None]:
         raise ValueError(f'emulate(engine={engine!r}): expected None or "reference"')
     token = _state.set(Emulation(True, engine == "reference"))
     try:
-        yield
+        with ExitStack() as stack:
+            for make_context in _contexts:
+                stack.enter_context(make_context())
+            yield
     finally:
         _state.reset(token)
+
+
+def add_context(make_context: Callable[[], ContextManager[None]]) -> None:
+    """Registers a context that every `emulate()` enters, too."""
+    _contexts.append(make_context)

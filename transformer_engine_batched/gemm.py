@@ -221,6 +221,22 @@ def bmm(
     )  # fmt: skip
 
 
+def multiply_codes(
+    left: Codes,
+    left_transposed: bool,
+    right: Codes,
+    right_transposed: bool,
+    out_dtype: torch.dtype,
+    use_split_accumulator: bool,
+) -> torch.Tensor:
+    """``left @ right`` of operands that are described already, as differentiable products have them."""
+    return _multiply(
+        (left.data, "a", left_transposed, left),
+        (right.data, "b", right_transposed, right),
+        left.data, out_dtype, None, False, 1.0, None, False, None, None, use_split_accumulator, None,
+    )  # fmt: skip
+
+
 def _multiply(
     left: tuple,
     right: tuple,

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from . import te_interop
+from . import emulation, te_interop
 from .gemm import batched_general_gemm
+from .module import BatchedMatmul
 
 
 def attach() -> None:
-    """Makes `transformer_engine.pytorch.cpp_extensions.batched_general_gemm` importable."""
+    """Adds `BatchedMatmul` to `transformer_engine.pytorch` and `batched_general_gemm` to its cpp_extensions."""
+    te_interop.add_to_pytorch("BatchedMatmul", BatchedMatmul)
     te_interop.add_to_cpp_extensions("batched_general_gemm", batched_general_gemm)
+    emulation.add_context(te_interop.all_recipes_supported)

@@ -8,11 +8,29 @@ module of this package that plans or runs products.
 
 from __future__ import annotations
 
-from typing import Callable, NamedTuple, Optional
+import functools
+import os
+from contextlib import contextmanager
+from typing import Callable, Iterator, NamedTuple, Optional
+from unittest import mock
 
 import torch  # before TE: it loads the libraries that TE links to
-import transformer_engine.pytorch  # noqa: F401  pylint: disable=unused-import
+import transformer_engine.pytorch
+from transformer_engine.common.recipe import Recipe
+from transformer_engine.pytorch import quantization
 from transformer_engine.pytorch.constants import DType
+from transformer_engine.pytorch.distributed import (
+    in_fp8_activation_recompute_phase,
+    is_fp8_activation_recompute_enabled,
+)
+from transformer_engine.pytorch.module import base
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+from transformer_engine.pytorch.quantization import (
+    FP8GlobalStateManager,
+    QuantizerRole,
+    RecipeState,
+    _has_delayed_scaling_state,
+)
 from transformer_engine.pytorch.quantized_tensor import QuantizedTensorStorage, Quantizer
 from transformer_engine.pytorch.tensor.float8_blockwise_tensor import Float8BlockQuantizer
 from transformer_engine.pytorch.tensor.float8_tensor import (
@@ -241,15 +259,188 @@ def keeps_transposed_copy(device: torch.device) -> bool:
     return not transformer_engine.pytorch.utils.is_non_tn_fp8_gemm_supported()
 
 
+# --- quantizers -----------------------------------------------------------------------------------------
+
+
+def copy_quantizer(quantizer: Quantizer, rowwise: bool, columnwise: bool) -> Quantizer:
+    """The quantizer for internal use with the given usages; scale and amax stay shared."""
+    result = quantizer.copy()
+    result.set_usage(rowwise=rowwise, columnwise=columnwise)
+    result.internal = True
+    return result
+
+
+def current_scaling_options(quantizer: Float8CurrentScalingQuantizer) -> dict[str, object]:
+    """What decides the scale of a current-scaling quantizer, besides the data."""
+    return {
+        "amax_epsilon": quantizer.amax_epsilon,
+        "force_pow_2_scales": quantizer.force_pow_2_scales,
+        "amax_reduction_group": (
+            quantizer.amax_reduction_group if quantizer.with_amax_reduction else None
+        ),
+    }
+
+
+# --- modules and recipes --------------------------------------------------------------------------------
+
+
+class AccumulatorSettings(NamedTuple):
+    """`use_split_accumulator` of forward and of the gradients of the first and second operand."""
+
+    forward: bool
+    grad_a: bool
+    grad_b: bool
+
+
+def accumulator_settings(recipe: Recipe) -> AccumulatorSettings:
+    """What a recipe says, or TE's defaults for recipes that say nothing (module/base.py, _2X_ACC_*)."""
+    names = ("fp8_gemm_fprop", "fp8_gemm_dgrad", "fp8_gemm_wgrad")
+    defaults = (base._2X_ACC_FPROP, base._2X_ACC_DGRAD, base._2X_ACC_WGRAD)
+    return AccumulatorSettings(
+        *(
+            getattr(recipe, name).use_split_accumulator if hasattr(recipe, name) else default
+            for name, default in zip(names, defaults)
+        )
+    )
+
+
+def active_recipe() -> Optional[Recipe]:
+    """The recipe of the autocast region, or None outside of one and where it is disabled."""
+    if not FP8GlobalStateManager.is_fp8_enabled():
+        return None
+    return FP8GlobalStateManager.get_fp8_recipe()
+
+
+def make_stateless_quantizers(recipe: Recipe, device: torch.device) -> tuple[Quantizer, ...]:
+    """Quantizers (a, b, grad_output) of a recipe that keeps no state."""
+    forward = RecipeState.create(recipe, mode="forward", num_quantizers=3, device=device)
+    backward = RecipeState.create(recipe, mode="backward", num_quantizers=2, device=device)
+    return (*forward.make_quantizers()[:2], backward.make_quantizers()[0])
+
+
+def takes_first_module_turn() -> bool:
+    """Whether the calling module is the first of its autocast region, which reduces gradients' amaxes.
+
+    As in TE's Linear: asking in the recompute phase of a checkpoint does not use up the turn.
+    """
+    state = FP8GlobalStateManager.quantization_state
+    before = state.is_first_fp8_module
+    result = FP8GlobalStateManager.is_first_fp8_module()
+    if in_fp8_activation_recompute_phase():
+        state.is_first_fp8_module = before
+    return result
+
+
+def update_backward_scales() -> None:
+    """Reduces the amaxes of gradients and updates their scales (delayed scaling)."""
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        return
+    FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
+
+
+def enter_forward_without_cuda(module: TransformerEngineBaseModule, x: torch.Tensor) -> None:
+    """What `prepare_forward` does, for an input on a CPU, where TE refuses it."""
+    if module.fp8 and in_fp8_activation_recompute_phase():
+        FP8GlobalStateManager.get_old_fp8_meta_tensors_for_recompute(module.fp8_meta)
+        return
+    module.fast_setattr("activation_dtype", x.dtype)
+    module.init_fp8_metadata(num_gemms=1)
+    if module.fp8 and _has_delayed_scaling_state(module.fp8_meta):
+        FP8GlobalStateManager.add_fp8_tensors_to_global_buffer(module.fp8_meta)
+        if is_fp8_activation_recompute_enabled():
+            FP8GlobalStateManager.copy_forward_fp8_meta_tensors_for_recompute(module.fp8_meta)
+
+
+def leave_forward_without_cuda(module: TransformerEngineBaseModule) -> None:
+    """What `end_forward` does, likewise."""
+    if (
+        module.fp8
+        and _has_delayed_scaling_state(module.fp8_meta)
+        and in_fp8_activation_recompute_phase()
+    ):
+        FP8GlobalStateManager.restore_fp8_meta_tensors(module.fp8_meta)
+
+
+@contextmanager
+def without_cuda() -> Iterator[None]:
+    """Lets TE's base module be made and stored on a machine without CUDA.
+
+    TE asks for CUDA in its constructor and synchronizes around checkpoints. Does nothing where CUDA is
+    available.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    with (
+        mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch.object(torch.cuda, "synchronize", lambda *_: None),
+    ):
+        yield
+
+
+@contextmanager
+def recipe_states_on(device: torch.device) -> Iterator[None]:
+    """Lets TE's base module make its recipe states on a CPU; it names CUDA for them."""
+    if device.type == "cuda":
+        yield
+        return
+    create = functools.partial(RecipeState.create, device=device)
+    with mock.patch.object(RecipeState, "create", staticmethod(create)):
+        yield
+
+
+def make_gradient_quantizer(fmt: str, device: torch.device) -> Quantizer:
+    """The quantizer for gradients of operands that came quantized: E5M2 and current scaling, or MXFP8."""
+    if fmt == "mxfp8":
+        return MXFP8Quantizer(DType.kFloat8E4M3)
+    return Float8CurrentScalingQuantizer(DType.kFloat8E5M2, device=device)
+
+
+def quantizer_of(x: QuantizedTensorStorage) -> Quantizer:
+    """The quantizer that a quantized tensor carries, or one like it."""
+    return x._get_quantizer()
+
+
+@contextmanager
+def all_recipes_supported() -> Iterator[None]:
+    """Lets TE's autocast accept recipes that the device lacks, and update scales without a GPU."""
+    names = ("_FP8_SUPPORT", "_MXFP8_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT")
+    saved = {name: getattr(quantization, name) for name in names}
+    unfused = os.environ.get("NVTE_UNFUSED_FP8_UPDATE")
+    for name in names:
+        setattr(quantization, name, (True, ""))
+    if not torch.cuda.is_available():
+        os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            setattr(quantization, name, value)
+        if not torch.cuda.is_available():
+            os.environ.pop("NVTE_UNFUSED_FP8_UPDATE")
+            if unfused is not None:
+                os.environ["NVTE_UNFUSED_FP8_UPDATE"] = unfused
+
+
 # --- names added to TE ----------------------------------------------------------------------------------
+
+
+def _add_name(module: object, where: str, name: str, value: object) -> None:
+    existing = getattr(module, name, value)
+    if existing is not value:
+        raise ImportError(
+            f"{where}.{name} exists already: this version of Transformer Engine has its own; use that one, "
+            "or an older Transformer Engine"
+        )
+    setattr(module, name, value)
+
+
+def add_to_pytorch(name: str, value: object) -> None:
+    """Adds a name to `transformer_engine.pytorch`, never replacing one of TE's."""
+    _add_name(transformer_engine.pytorch, "transformer_engine.pytorch", name, value)
 
 
 def add_to_cpp_extensions(name: str, function: Callable) -> None:
     """Adds a function to `transformer_engine.pytorch.cpp_extensions`, never replacing one of TE's."""
-    existing = getattr(transformer_engine.pytorch.cpp_extensions, name, function)
-    if existing is not function:
-        raise ImportError(
-            f"transformer_engine.pytorch.cpp_extensions.{name} exists already: this version of "
-            "Transformer Engine has its own; use that one, or an older Transformer Engine"
-        )
-    setattr(transformer_engine.pytorch.cpp_extensions, name, function)
+    module = transformer_engine.pytorch.cpp_extensions
+    _add_name(module, "transformer_engine.pytorch.cpp_extensions", name, function)

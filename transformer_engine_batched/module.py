@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`BatchedMatmul`: the product of two activations as a Transformer Engine module, and `bmm`.
+
+A module keeps what its recipe needs between steps; `bmm` is the same product for recipes that keep nothing.
+Input: torch tensors or TE quantized tensors. The arithmetic is `autograd`'s.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import Iterator, List, Optional
+
+import torch
+
+from .autograd import Quantization, differentiable_matmul
+from .errors import UnsupportedError
+from .gemm import bmm as multiply
+from .te_interop import (
+    HIGH_PRECISION_DTYPES,
+    QuantizerRole,
+    Recipe,
+    TransformerEngineBaseModule,
+    accumulator_settings,
+    active_recipe,
+    enter_forward_without_cuda,
+    is_quantized,
+    leave_forward_without_cuda,
+    make_gradient_quantizer,
+    make_stateless_quantizers,
+    nominal_dtype,
+    quantizer_format,
+    quantizer_of,
+    recipe_states_on,
+    takes_first_module_turn,
+    update_backward_scales,
+    without_cuda,
+)
+
+_MODULE_TYPE = "batched_matmul"
+
+
+class BatchedMatmul(TransformerEngineBaseModule):
+    """``y = a @ b`` for two activations, quantized as `te.autocast` says.
+
+    Available as `transformer_engine.pytorch.BatchedMatmul` once the package is imported. It has no
+    parameters; its state is the recipe's (scales and amax histories of delayed scaling).
+
+    Inside ``te.autocast(enabled=True, recipe=...)`` both operands are quantized, forward and backward are
+    products of FP8 operands, and what is saved for backward is FP8. Outside, it is the same product in
+    high precision.
+
+    Parameters
+    ----------
+    name : str, optional
+        For quantizer roles and debugging, as in TE.
+
+    Notes
+    -----
+    With `DelayedScaling`, call one module once per autocast region: TE reduces amaxes when the region ends,
+    and a second call overwrites the first one's. Use one `BatchedMatmul` for each product in the model,
+    or a recipe that keeps no state (`Float8CurrentScaling`, `MXFP8BlockScaling`).
+
+    Accumulation is as the recipe says: `fp8_gemm_fprop`, `fp8_gemm_dgrad` (gradient of `a`) and
+    `fp8_gemm_wgrad` (gradient of `b`), by default fast, split, split.
+
+    A NaN or infinity in an operand: see `quantize`. Per-tensor scales ignore NaN and saturate infinity, so
+    that NaN stays in the rows and columns that it touches.
+
+    Double backward is not supported and raises.
+
+    Examples
+    --------
+    >>> import torch, transformer_engine.pytorch as te, transformer_engine_batched as teb
+    >>> from transformer_engine.common.recipe import Float8CurrentScaling
+    >>> bmm = te.BatchedMatmul()
+    >>> a = torch.randn(4, 32, 64, requires_grad=True)
+    >>> b = torch.randn(4, 48, 64, requires_grad=True)
+    >>> with teb.emulate(), te.autocast(enabled=True, recipe=Float8CurrentScaling()):
+    ...     y = bmm(a, b.mT)
+    >>> y.sum().backward()
+    >>> tuple(y.shape), tuple(a.grad.shape)
+    ((4, 32, 48), (4, 32, 64))
+    """
+
+    def __init__(self, name: Optional[str] = None) -> None:
+        with without_cuda():
+            super().__init__(name=name)
+        self.fast_setattr("_state_device", _default_device())
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        """``a @ b`` with torch.matmul's shapes and broadcasting.
+
+        Parameters
+        ----------
+        a : torch.Tensor
+            ``[*batch, M, K]`` (or ``[K]``): FP32, FP16, BF16, or a TE quantized tensor.
+        b : torch.Tensor
+            ``[*batch, K, N]`` (or ``[K]``).
+
+        Returns
+        -------
+        torch.Tensor
+            ``[*batch, M, N]`` in the dtype of `a`, or that of torch.autocast.
+        """
+        a, b, squeeze = _prepare_operands(a, b)
+        self.fast_setattr("_state_device", a.device)
+        with self._forward_scope(a):
+            quantization = self._quantization(a, b)
+            out = differentiable_matmul(a, b, _activation_dtype(a), quantization)
+        return squeeze(out)
+
+    @contextmanager
+    def _forward_scope(self, a: torch.Tensor) -> Iterator[None]:
+        if a.is_cuda:
+            with self.prepare_forward_ctx(
+                a, num_gemms=1, allow_non_contiguous=True, allow_different_data_and_param_types=True
+            ):
+                yield
+            return
+        enter_forward_without_cuda(self, a)
+        try:
+            yield
+        finally:
+            leave_forward_without_cuda(self)
+
+    def _quantization(self, a: torch.Tensor, b: torch.Tensor) -> Quantization:
+        if not self.fp8:
+            if self.fp8_calibration:
+                for quantizer, x in zip(self.quantizers["scaling_fwd"], (a, b)):
+                    quantizer.calibrate(x.detach())
+            return Quantization()
+        recipe = self.fp8_meta["recipe"]
+        quantizer_a, quantizer_b = self.quantizers["scaling_fwd"][:2]
+        needs_grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+        reduces = needs_grad and not _is_stateless(recipe) and takes_first_module_turn()
+        return Quantization(
+            quantizer_a,
+            quantizer_b,
+            self.quantizers["scaling_bwd"][0],
+            *accumulator_settings(recipe),
+            after_backward=update_backward_scales if reduces else None,
+        )
+
+    def set_meta_tensor(self, fwd: bool, recipe: Recipe) -> None:
+        """Makes scales and amax histories, on the CPU if that is where the operands are."""
+        with recipe_states_on(self._state_device):
+            super().set_meta_tensor(fwd, recipe)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Scales and amax histories for a checkpoint, as all TE modules store them."""
+        with without_cuda():
+            return super().get_extra_state()
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Restores what `get_extra_state` gave."""
+        with without_cuda():
+            super().set_extra_state(state)
+
+    def get_quantizer_roles(
+        self, *, fwd: bool, num_quantizers: int
+    ) -> Optional[List[QuantizerRole]]:
+        """Roles for `CustomRecipe`: a, b, output; grad_output, grad_a (which grad_b shares)."""
+
+        def role(tensor_type: str) -> QuantizerRole:
+            return QuantizerRole(
+                module_type=_MODULE_TYPE, tensor_type=tensor_type, name=self.name or ""
+            )
+
+        if fwd:
+            roles = [role("a"), role("b"), self._output_quantizer_role or role("output")]
+        else:
+            roles = [role("grad_output"), self._grad_input_quantizer_role or role("grad_a")]
+        assert len(roles) == num_quantizers
+        return roles
+
+    def _get_weight_tensors(self) -> list:
+        return []
+
+    def _get_weight_quantizers(self) -> list:
+        return []
+
+    def extra_repr(self) -> str:
+        """The name."""
+        return f"name={self.name!r}"
+
+
+def bmm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    out_dtype: Optional[torch.dtype] = None,
+    use_split_accumulator: bool = False,
+    **options: object,
+) -> torch.Tensor:
+    """``a @ b``: differentiable, and quantized as `te.autocast` says.
+
+    `a` is ``[*, M, K]``, `b` ``[*, K, N]``, the result ``[*, M, N]``; batch dims broadcast as in torch.matmul.
+    Under `te.autocast` with a recipe that keeps no state, both operands are quantized first. Operands that
+    are quantized already are multiplied as they are: `a` needs row-wise, `b` column-wise data. Under
+    torch.autocast, torch tensors are cast to its dtype first.
+
+    Parameters
+    ----------
+    a, b : torch.Tensor
+        As for `BatchedMatmul`.
+    out_dtype : torch.dtype, optional
+        Default: the dtype of `a`, or that of torch.autocast.
+    use_split_accumulator : bool
+        Of the forward product of operands that come quantized; a recipe has its own setting.
+    **options
+        `out`, `accumulate`, `alpha`, `beta`, `bias`, `gelu`, `quantization_params`, `autotune` as in
+        `batched_general_gemm`: outside `te.autocast`, where no gradient is asked for.
+
+    Raises
+    ------
+    UnsupportedError
+        Under `DelayedScaling` and `CustomRecipe`, which keep scales between steps: use
+        `te.BatchedMatmul`. For `options` where they do not hold.
+
+    Examples
+    --------
+    >>> import torch, transformer_engine_batched as teb
+    >>> a, b = torch.randn(3, 8, 32, requires_grad=True), torch.randn(32, 4)
+    >>> teb.bmm(a, b).sum().backward()
+    >>> tuple(a.grad.shape)
+    (3, 8, 32)
+    """
+    recipe = active_recipe()
+    needs_grad = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (a, b))
+    if recipe is None and not needs_grad:
+        return multiply(
+            a, b, out_dtype=out_dtype, use_split_accumulator=use_split_accumulator, **options
+        )
+    if options:
+        raise UnsupportedError(
+            f"bmm with {', '.join(sorted(options))} "
+            + ("under te.autocast" if recipe is not None else "of operands that require grad")
+            + ": these options are for products without either. Apply them to the result."
+        )
+    a, b, squeeze = _prepare_operands(a, b)
+    if recipe is not None:
+        if not _is_stateless(recipe):
+            raise UnsupportedError(
+                f"bmm under {type(recipe).__name__}, which keeps scales between steps, was asked for: make "
+                "a transformer_engine.pytorch.BatchedMatmul() for this product and call it, or use "
+                "Float8CurrentScaling or MXFP8BlockScaling"
+            )
+        quantization = Quantization(
+            *make_stateless_quantizers(recipe, a.device), *accumulator_settings(recipe)
+        )
+    elif is_quantized(a) and is_quantized(b):
+        fmt = quantizer_format(quantizer_of(a))
+        quantization = Quantization(
+            quantizer_of(a),
+            quantizer_of(b),
+            make_gradient_quantizer(fmt, a.device),
+            split_forward=use_split_accumulator,
+        )
+    else:
+        quantization = Quantization()
+    return squeeze(differentiable_matmul(a, b, out_dtype or _activation_dtype(a), quantization))
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _is_stateless(recipe: Recipe) -> bool:
+    return not (recipe.delayed() or recipe.custom())
+
+
+def _activation_dtype(x: torch.Tensor) -> torch.dtype:
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return nominal_dtype(x)
+
+
+def _prepare_operands(a: torch.Tensor, b: torch.Tensor):
+    """Operands of at least two dims in the dtype of torch.autocast, and what brings the result back."""
+    for name, x in (("a", a), ("b", b)):
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"operand {name}: expected a torch.Tensor, got {type(x).__name__}")
+        if not is_quantized(x) and x.dtype not in HIGH_PRECISION_DTYPES:
+            raise TypeError(
+                f"operand {name} has dtype {x.dtype}: expected float32, float16, bfloat16 or a TE "
+                "quantized tensor"
+            )
+        if x.dim() == 0:
+            raise ValueError(f"operand {name} is a scalar: expected at least 1 dim")
+    kind = a.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        a = a if is_quantized(a) else a.to(dtype)
+        b = b if is_quantized(b) else b.to(dtype)
+    is_a_vector, is_b_vector = a.dim() == 1, b.dim() == 1
+    if is_a_vector:
+        a = a.unsqueeze(0)
+    if is_b_vector:
+        b = b.unsqueeze(-1)
+
+    def squeeze(out: torch.Tensor) -> torch.Tensor:
+        if is_b_vector:
+            out = out.squeeze(-1)
+        if is_a_vector:
+            out = out.squeeze(-1 if is_b_vector else -2)
+        return out
+
+    return a, b, squeeze
