@@ -566,8 +566,7 @@ def _check_gradients(x: object, name: str) -> None:
     if getattr(x, "requires_grad", False):
         raise ValueError(
             f"{name} requires grad, but this function is not differentiable: call it under "
-            "torch.no_grad() or on detached tensors, inside a torch.autograd.Function of your own; "
-            "torch.bmm is differentiable"
+            "torch.no_grad() or on detached tensors; teb.bmm and te.BatchedMatmul are differentiable"
         )
 
 

@@ -66,7 +66,8 @@ class BatchedMatmul(TransformerEngineBaseModule):
     A NaN or infinity in an operand: see `quantize`. Per-tensor scales ignore NaN and saturate infinity, so
     that NaN stays in the rows and columns that it touches.
 
-    Double backward is not supported and raises.
+    Double backward is not supported and raises. Under torch.compile the module runs as it is, between two
+    graphs (a graph break).
 
     Examples
     --------
@@ -87,6 +88,7 @@ class BatchedMatmul(TransformerEngineBaseModule):
             super().__init__(name=name)
         self.fast_setattr("_state_device", _default_device())
 
+    @torch.compiler.disable(reason="the product is not a traceable operator yet")
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """``a @ b`` with torch.matmul's shapes and broadcasting.
 
@@ -184,6 +186,7 @@ class BatchedMatmul(TransformerEngineBaseModule):
         return f"name={self.name!r}"
 
 
+@torch.compiler.disable(reason="the product is not a traceable operator yet")
 def bmm(
     a: torch.Tensor,
     b: torch.Tensor,

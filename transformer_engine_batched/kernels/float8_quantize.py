@@ -1,0 +1,627 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-tensor FP8 quantization: one read of a matrix batch writes its codes, their transpose, or both.
+
+Inputs are CUDA tensors (CPU tensors where Triton interprets), outputs are plain tensors of codes.
+Must not import Transformer Engine or a sibling package.
+
+The bytes are those of TE 2.20.2's kernels, whose rules are written down in
+`reference/quantizers.py`: FP32 arithmetic, one rounding per operation, saturating round to nearest
+even, NaN becomes 0x7F and is passed over by the amax.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from typing import NamedTuple, Optional
+
+import torch
+import triton
+import triton.language as tl
+
+_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_FORMATS = ("e4m3", "e5m2")
+# What may be on the CPU: there Triton runs only where TRITON_INTERPRET was set before its import.
+_IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+# How the tile is turned for the transposed copy.
+PLAIN = tl.constexpr(0)  # bytes go through shared memory one by one
+PERMUTED = tl.constexpr(1)  # rows in an order that keeps 4 neighbours in one thread
+PACKED = tl.constexpr(2)  # 4 loads of interleaved rows, 4 codes packed into a word
+
+
+class Tile(NamedTuple):
+    """Elements that one program handles, its warps, and how it turns them."""
+
+    rows: int
+    cols: int
+    num_warps: int
+    variant: int = 0
+
+
+# By what is written. From `benchmarks/quantize_kernels.py`.
+TILES = {
+    "rowwise": Tile(32, 256, 4),
+    "transposed": Tile(128, 64, 4, PERMUTED.value),
+    "both": Tile(128, 64, 4, PERMUTED.value),
+    "amax": Tile(64, 256, 8),
+}
+
+
+class Plan(NamedTuple):
+    """All that a launch needs to know of a tensor's dimensions."""
+
+    num_programs: int
+    num_rows: int
+    num_cols: int
+    row_stride: int
+    batch_stride: int
+    rowwise_shape: Optional[tuple[int, ...]]
+    transposed_shape: Optional[tuple[int, ...]]
+    is_even: bool
+    multiple: int
+    tile: Tile
+
+
+def can_quantize(x: torch.Tensor) -> bool:
+    """Whether the kernels read `x` as it lies in memory; if not, a contiguous copy of it will do.
+
+    Asked for are FP32, BF16 or FP16, at least two dims, a contiguous last dim, and batch dims that
+    merge into one stride.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        Any plain tensor.
+
+    Returns
+    -------
+    bool
+        False also for a tensor that is not on a CUDA device.
+
+    Examples
+    --------
+    >>> x = torch.empty(4, 64, 32, device="cuda")
+    >>> can_quantize(x), can_quantize(x.mT), can_quantize(x.transpose(0, 1))
+    (True, False, True)
+    """
+    return (
+        (x.is_cuda or _IS_INTERPRETED)
+        and x.dtype in _INPUT_DTYPES
+        and x.ndim >= 2
+        and (x.numel() == 0 or _read_strides(x.shape, x.stride()) is not None)
+    )
+
+
+def quantize_float8(
+    x: torch.Tensor,
+    scale: torch.Tensor,
+    amax: torch.Tensor,
+    fp8_dtype: str,
+    *,
+    rowwise: bool,
+    transposed: bool,
+    multiple: int = 16,
+) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
+    """Delayed scaling: ``codes = fp8(float(x) * scale)`` and ``amax = max(amax, max(|x|))``.
+
+    One kernel, which reads `x` once. The host does not wait for it.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        FP32, BF16 or FP16 ``[*batch, R, C]``; see `can_quantize`.
+    scale : torch.Tensor
+        float32, one element, any address.
+    amax : torch.Tensor
+        float32, one element, any address; updated in place. A NaN in `x` is passed over, one that is
+        already in `amax` stays. An empty `x` leaves it alone.
+    fp8_dtype : {"e4m3", "e5m2"}
+        Format of the codes.
+    rowwise : bool
+        Whether to return the codes in the layout of `x`.
+    transposed : bool
+        Whether to return the codes of each item's transpose.
+    multiple : int, default = 16
+        Both matrix dims are padded with zero codes to a multiple of this. A multiple of 16.
+
+    Returns
+    -------
+    codes : torch.Tensor or None
+        uint8 ``[*batch, R_p, C_p]``, contiguous; ``R_p`` and ``C_p`` are R and C rounded up.
+    transposed_codes : torch.Tensor or None
+        uint8 ``[*batch, C_p, R_p]``, contiguous, with memory of its own.
+    scale_inv : torch.Tensor
+        float32 ``[1]``, ``1 / scale``.
+
+    Raises
+    ------
+    TypeError
+        If a dtype is not one of those above.
+    ValueError
+        If the strides of `x`, `fp8_dtype`, `multiple`, `scale` or `amax` do not fit, or nothing is
+        to be written.
+
+    Notes
+    -----
+    Source of the rules: TE 2.20.2, ``common/util/vectorized_pointwise.h`` (``unary_kernel``) and
+    ``common/utils.cuh`` (``atomicMaxFloat``, ``reciprocal``).
+
+    Examples
+    --------
+    >>> x = torch.ones(2, 20, 32, device="cuda")
+    >>> one, amax = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda")
+    >>> codes, turned, _ = quantize_float8(x, one, amax, "e4m3", rowwise=True, transposed=True)
+    >>> codes.shape, turned.shape
+    (torch.Size([2, 32, 32]), torch.Size([2, 32, 32]))
+    """
+    plan = _make_plan(x.shape, x.stride(), x.dtype, x.is_cuda, rowwise, transposed, multiple)
+    _check_scalar(scale, "scale", x)
+    _check_scalar(amax, "amax", x)
+    return _cast(x, plan, scale, amax, fp8_dtype)
+
+
+def quantize_float8_current(
+    x: torch.Tensor,
+    fp8_dtype: str,
+    *,
+    rowwise: bool,
+    transposed: bool,
+    multiple: int = 16,
+    amax_epsilon: float = 0.0,
+    force_pow_2_scales: bool = False,
+    amax_reduction_group: Optional[torch.distributed.ProcessGroup] = None,
+) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
+    """Current scaling: ``scale = fp8_max / max(|x|)``, ``codes = fp8(float(x) * scale)``.
+
+    Two kernels that each read `x` once: one finds the amax, the other computes the scale from it on
+    the device and writes the codes. The host does not wait for either.
+
+    Parameters
+    ----------
+    x, fp8_dtype, rowwise, transposed, multiple
+        As in `quantize_float8`.
+    amax_epsilon : float, default = 0.0
+        Lower bound of the amax, rounded to FP32.
+    force_pow_2_scales : bool, default = False
+        Whether the scale is rounded down to a power of two.
+    amax_reduction_group : ProcessGroup, optional
+        The amax is the largest of all ranks of this group. An empty `x` takes no part, as in TE: all
+        ranks must have data, or none.
+
+    Returns
+    -------
+    codes, transposed_codes, scale_inv
+        As in `quantize_float8`. An amax of zero or infinity, and an empty `x`, give scale 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `quantize_float8`.
+
+    Notes
+    -----
+    Source of the scale's rule: TE 2.20.2, ``compute_scale_from_amax`` in
+    ``common/recipe/recipe_common.cuh``, bit for bit `reference.quantizers.scale_from_amax`.
+
+    Examples
+    --------
+    >>> x = torch.full((2, 16, 32), 3.5, device="cuda")
+    >>> codes, _, scale_inv = quantize_float8_current(x, "e4m3", rowwise=True, transposed=False)
+    >>> scale_inv.item()  # 3.5 / 448
+    0.0078125
+    """
+    plan = _make_plan(x.shape, x.stride(), x.dtype, x.is_cuda, rowwise, transposed, multiple)
+    amax = None
+    if plan.num_programs:
+        amax = _find_amax(x, _make_amax_plan(x.shape, x.stride()))
+        if amax_reduction_group is not None:
+            torch.distributed.all_reduce(
+                amax, op=torch.distributed.ReduceOp.MAX, group=amax_reduction_group
+            )
+    return _cast(x, plan, None, amax, fp8_dtype, amax_epsilon, force_pow_2_scales)
+
+
+@lru_cache(maxsize=4096)
+def _make_plan(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    is_cuda: bool,
+    rowwise: bool,
+    transposed: bool,
+    multiple: int,
+    tile: Optional[Tile] = None,
+) -> Plan:
+    """Checks a tensor's description and prepares its launches; `tile` overrules the table."""
+    came = f"{dtype}, shape {tuple(shape)}, stride {tuple(strides)}"
+    if dtype not in _INPUT_DTYPES:
+        raise TypeError(
+            f"the FP8 kernel reads float32, bfloat16 or float16 and x came as {came}; convert it first"
+        )
+    if not (is_cuda or _IS_INTERPRETED):
+        raise ValueError(f"the FP8 kernel reads CUDA tensors and x came as {came} on the CPU")
+    if len(shape) < 2:
+        raise ValueError(f"the FP8 kernel needs a matrix, [*batch, R, C], and x came as {came}")
+    if not (rowwise or transposed):
+        raise ValueError("neither rowwise nor transposed codes were asked for; ask for one of them")
+    if multiple < 16 or multiple % 16:
+        raise ValueError(f"codes are padded to a multiple of 16, and multiple came as {multiple}")
+    rows, cols = shape[-2:]
+    padded_rows, padded_cols = (-(-size // multiple) * multiple for size in (rows, cols))
+    rowwise_shape = (*shape[:-2], padded_rows, padded_cols) if rowwise else None
+    transposed_shape = (*shape[:-2], padded_cols, padded_rows) if transposed else None
+    name = "both" if rowwise and transposed else "rowwise" if rowwise else "transposed"
+    plan = Plan(
+        num_programs=0,
+        num_rows=rows,
+        num_cols=cols,
+        row_stride=0,
+        batch_stride=0,
+        rowwise_shape=rowwise_shape,
+        transposed_shape=transposed_shape,
+        is_even=True,
+        multiple=multiple,
+        tile=TILES[name] if tile is None else tile,
+    )
+    if math.prod(shape) == 0:
+        return plan
+    read = _read_strides(shape, strides)
+    if read is None:
+        raise ValueError(
+            "the FP8 kernel reads a contiguous last dim and batch dims that merge into one stride, "
+            f"and x came as {came}; pass x.contiguous()"
+        )
+    row_stride, batch_stride = read
+    num_items = math.prod(shape[:-2])
+    may_fold = not transposed and padded_rows == rows
+    return _tile_plan(plan, num_items, row_stride, batch_stride, may_fold)
+
+
+@lru_cache(maxsize=4096)
+def _make_amax_plan(
+    shape: tuple[int, ...], strides: tuple[int, ...], tile: Optional[Tile] = None
+) -> Plan:
+    """The launch that finds the amax of a tensor that `_make_plan` has accepted."""
+    row_stride, batch_stride = _read_strides(shape, strides)
+    plan = Plan(
+        num_programs=0,
+        num_rows=shape[-2],
+        num_cols=shape[-1],
+        row_stride=0,
+        batch_stride=0,
+        rowwise_shape=None,
+        transposed_shape=None,
+        is_even=True,
+        multiple=1,
+        tile=TILES["amax"] if tile is None else tile,
+    )
+    return _tile_plan(plan, math.prod(shape[:-2]), row_stride, batch_stride, may_fold=True)
+
+
+def _tile_plan(
+    plan: Plan, num_items: int, row_stride: int, batch_stride: int, may_fold: bool
+) -> Plan:
+    """Completes a plan: items folded into rows if possible, a tile no larger than the matrix."""
+    rows, cols = plan.num_rows, plan.num_cols
+    if may_fold and (num_items == 1 or batch_stride == rows * row_stride):
+        rows, num_items, batch_stride = num_items * rows, 1, 0
+    padded_rows, padded_cols = (
+        -(-size // plan.multiple) * plan.multiple for size in (rows, cols)
+    )
+    # What one dim does not need goes to the other.
+    tile = plan.tile
+    most_rows, most_cols = (triton.next_power_of_2(size) for size in (padded_rows, padded_cols))
+    tile_cols = min(tile.cols, most_cols)
+    tile_rows = min(tile.rows * tile.cols // tile_cols, most_rows)
+    tile_cols = min(tile.rows * tile.cols // tile_rows, most_cols)
+    return plan._replace(
+        num_programs=num_items * -(-padded_rows // tile_rows) * -(-padded_cols // tile_cols),
+        num_rows=rows,
+        row_stride=row_stride,
+        batch_stride=batch_stride,
+        is_even=rows % tile_rows == 0
+        and cols % tile_cols == 0
+        and (rows, cols) == (padded_rows, padded_cols),
+        tile=tile._replace(rows=tile_rows, cols=tile_cols),
+    )
+
+
+def _read_strides(
+    shape: tuple[int, ...], strides: tuple[int, ...]
+) -> Optional[tuple[int, int]]:
+    """Row stride and the one batch stride of a tensor that is not empty; None if there is no such."""
+    if shape[-1] != 1 and strides[-1] != 1:
+        return None
+    batch_stride, reached = 0, None
+    for size, stride in zip(reversed(shape[:-2]), reversed(strides[:-2])):
+        if size == 1:
+            continue
+        if reached is None:
+            batch_stride, reached = stride, size * stride
+        elif stride == reached:
+            reached *= size
+        else:
+            return None
+    return (strides[-2] if shape[-2] > 1 else shape[-1]), batch_stride
+
+
+def _find_amax(x: torch.Tensor, plan: Plan) -> torch.Tensor:
+    """float32 ``[1]``: the largest magnitude of `x`, NaNs passed over."""
+    amax = torch.zeros(1, dtype=torch.float32, device=x.device)
+    tile = plan.tile
+    with torch.cuda.device_of(x):
+        _amax_kernel[(plan.num_programs,)](
+            x,
+            amax,
+            plan.num_rows,
+            plan.num_cols,
+            plan.row_stride,
+            plan.batch_stride,
+            plan.is_even,
+            tile.rows,
+            tile.cols,
+            num_warps=tile.num_warps,
+        )
+    return amax
+
+
+def _cast(
+    x: torch.Tensor,
+    plan: Plan,
+    scale: Optional[torch.Tensor],
+    amax: Optional[torch.Tensor],
+    fp8_dtype: str,
+    amax_epsilon: float = 0.0,
+    force_pow_2_scales: bool = False,
+) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
+    """Allocates the outputs and launches the cast; without a `scale` it is computed from `amax`."""
+    if fp8_dtype not in _FORMATS:
+        raise ValueError(f'fp8_dtype must be "e4m3" or "e5m2" and came as {fp8_dtype!r}')
+    device = x.device
+    codes = transposed_codes = None
+    if plan.rowwise_shape is not None:
+        codes = torch.empty(plan.rowwise_shape, dtype=torch.uint8, device=device)
+    if plan.transposed_shape is not None:
+        transposed_codes = torch.empty(plan.transposed_shape, dtype=torch.uint8, device=device)
+    if not plan.num_programs:
+        inverse = torch.ones(1, device=device) if scale is None else scale.reshape(1).reciprocal()
+        return codes, transposed_codes, inverse
+    scale_inv = torch.empty(1, dtype=torch.float32, device=device)
+    tile = plan.tile
+    with torch.cuda.device_of(x):
+        _cast_kernel[(plan.num_programs,)](
+            x,
+            codes,
+            transposed_codes,
+            scale,
+            amax,
+            scale_inv,
+            plan.num_rows,
+            plan.num_cols,
+            plan.row_stride,
+            plan.batch_stride,
+            amax_epsilon,
+            force_pow_2_scales,
+            fp8_dtype == "e5m2",
+            plan.is_even,
+            plan.multiple,
+            tile.rows,
+            tile.cols,
+            tile.variant,
+            num_warps=tile.num_warps,
+        )
+    return codes, transposed_codes, scale_inv
+
+
+def _check_scalar(state: torch.Tensor, name: str, x: torch.Tensor) -> None:
+    """`scale` and `amax`: one float32 where `x` is."""
+    if state.dtype != torch.float32 or state.numel() != 1 or state.device != x.device:
+        raise ValueError(
+            f"`{name}` must be one float32 on {x.device}, where x is, and came as {state.dtype}, "
+            f"shape {tuple(state.shape)}, device {state.device}"
+        )
+
+
+@triton.jit
+def _locate_tile(
+    program,
+    num_rows,
+    num_cols,
+    MULTIPLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Item, first row and first column of a program, columns fastest."""
+    padded_rows = tl.cdiv(num_rows, MULTIPLE) * MULTIPLE
+    padded_cols = tl.cdiv(num_cols, MULTIPLE) * MULTIPLE
+    tiles_per_row = tl.cdiv(padded_cols, BLOCK_COLS)
+    tiles_per_item = tl.cdiv(padded_rows, BLOCK_ROWS) * tiles_per_row
+    item = program // tiles_per_item
+    tile = program % tiles_per_item
+    first_row = (tile // tiles_per_row) * BLOCK_ROWS
+    first_col = (tile % tiles_per_row) * BLOCK_COLS
+    return item.to(tl.int64), first_row, first_col
+
+
+@triton.jit
+def _load(x_ptr, rows, cols, num_rows, num_cols, row_stride, EVEN: tl.constexpr):
+    """One tile; zeros beyond the matrix."""
+    pointers = x_ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
+    if EVEN:
+        return tl.load(pointers)
+    mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def _raise_amax(amax_ptr, amax):
+    """``*amax_ptr = max(*amax_ptr, amax)`` on the bits, as TE's atomicMaxFloat.
+
+    They order floats that are not negative, and a NaN that is there is larger than all. The value
+    read first may be old, which costs an atomic that changes nothing; without it every program would
+    queue for one address.
+    """
+    bits_ptr = amax_ptr.to(tl.pointer_type(tl.int32))
+    # From zero, because the maximum of nothing but NaN is NaN.
+    bits = tl.maximum(amax, 0.0).to(tl.int32, bitcast=True)
+    tl.atomic_max(bits_ptr, bits, mask=bits > tl.load(bits_ptr), sem="relaxed")
+
+
+@triton.jit
+def _compute_scale(amax, amax_epsilon, FP8_MAX: tl.constexpr, POWER_OF_2: tl.constexpr):
+    """`reference.quantizers.scale_from_amax`, operation by operation."""
+    amax = tl.where(amax < amax_epsilon, amax_epsilon, amax)
+    scale = tl.div_rn(tl.full((), FP8_MAX, tl.float32), amax)
+    scale = tl.where(scale == float("inf"), 3.4028234663852886e38, scale)
+    if POWER_OF_2:
+        scale = (scale.to(tl.int32, bitcast=True) & -8388608).to(tl.float32, bitcast=True)
+    is_usable = (amax > 0.0) & (amax < float("inf"))
+    return tl.where(is_usable, scale, 1.0)
+
+
+@triton.jit
+def _encode(values, scale, E5M2: tl.constexpr):
+    """FP8 codes as bytes: `cvt.rn.satfinite` on the device."""
+    if E5M2:
+        return (values * scale).to(tl.float8e5).to(tl.uint8, bitcast=True)
+    return (values * scale).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def _store(
+    ptr, codes, rows, cols, num_rows, num_cols, padded_rows, padded_cols, EVEN: tl.constexpr
+):
+    """One tile of codes, zeros between the matrix and its padded size."""
+    pointers = ptr + rows.to(tl.int64)[:, None] * padded_cols + cols[None, :]
+    if EVEN:
+        tl.store(pointers, codes)
+    else:
+        # The product of a zero and the scale need not be +0.
+        is_inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+        mask = (rows < padded_rows)[:, None] & (cols < padded_cols)[None, :]
+        tl.store(pointers, tl.where(is_inside, codes, 0).to(codes.dtype), mask=mask)
+
+
+# The scalars of a recipe lie side by side in one tensor, so their alignment says nothing.
+@triton.jit(do_not_specialize_on_alignment=["amax_ptr"])
+def _amax_kernel(
+    x_ptr,
+    amax_ptr,
+    num_rows,
+    num_cols,
+    row_stride,
+    batch_stride,
+    EVEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    item, first_row, first_col = _locate_tile(
+        tl.program_id(0), num_rows, num_cols, 1, BLOCK_ROWS, BLOCK_COLS
+    )
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    cols = first_col + tl.arange(0, BLOCK_COLS)
+    x = _load(x_ptr + item * batch_stride, rows, cols, num_rows, num_cols, row_stride, EVEN)
+    _raise_amax(amax_ptr, tl.max(tl.abs(x.to(tl.float32))))
+
+
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr", "amax_ptr", "scale_inv_ptr"])
+def _cast_kernel(
+    x_ptr,
+    codes_ptr,
+    transposed_ptr,
+    scale_ptr,
+    amax_ptr,
+    scale_inv_ptr,
+    num_rows,
+    num_cols,
+    row_stride,
+    batch_stride,
+    amax_epsilon,
+    POWER_OF_2: tl.constexpr,
+    E5M2: tl.constexpr,
+    EVEN: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+    VARIANT: tl.constexpr,
+):
+    """A program casts one tile. Without `scale_ptr` the scale comes from the amax, which is only read."""
+    FP8_MAX: tl.constexpr = 57344.0 if E5M2 else 448.0
+    program = tl.program_id(0)
+    if scale_ptr is None:
+        # The end of x was read last and may still be in the L2 cache.
+        program = tl.num_programs(0) - 1 - program
+    item, first_row, first_col = _locate_tile(
+        program, num_rows, num_cols, MULTIPLE, BLOCK_ROWS, BLOCK_COLS
+    )
+    padded_rows = tl.cdiv(num_rows, MULTIPLE).to(tl.int64) * MULTIPLE
+    padded_cols = tl.cdiv(num_cols, MULTIPLE).to(tl.int64) * MULTIPLE
+    x_ptr += item * batch_stride
+    item_offset = item * padded_rows * padded_cols
+    cols = first_col + tl.arange(0, BLOCK_COLS)
+    index = tl.arange(0, BLOCK_ROWS)
+    if VARIANT == PERMUTED and transposed_ptr is not None:
+        # A thread holds rows that are BLOCK_ROWS / 4 apart in this order: neighbours in memory.
+        rows = first_row + index % (BLOCK_ROWS // 4) * 4 + index // (BLOCK_ROWS // 4)
+    else:
+        rows = first_row + index
+    if VARIANT == PACKED and transposed_ptr is not None:
+        rows_0 = first_row + tl.arange(0, BLOCK_ROWS // 4) * 4
+        x_0 = _load(x_ptr, rows_0, cols, num_rows, num_cols, row_stride, EVEN).to(tl.float32)
+        x_1 = _load(x_ptr, rows_0 + 1, cols, num_rows, num_cols, row_stride, EVEN).to(tl.float32)
+        x_2 = _load(x_ptr, rows_0 + 2, cols, num_rows, num_cols, row_stride, EVEN).to(tl.float32)
+        x_3 = _load(x_ptr, rows_0 + 3, cols, num_rows, num_cols, row_stride, EVEN).to(tl.float32)
+    else:
+        x = _load(x_ptr, rows, cols, num_rows, num_cols, row_stride, EVEN).to(tl.float32)
+
+    # After the loads, which then are under way while the scale is computed.
+    if scale_ptr is None:
+        scale = _compute_scale(tl.load(amax_ptr), amax_epsilon, FP8_MAX, POWER_OF_2)
+    else:
+        scale = tl.load(scale_ptr)
+    scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
+    tl.store(scale_inv_ptr, scale_inv, mask=program == 0)
+
+    if VARIANT == PACKED and transposed_ptr is not None:
+        codes_0 = _encode(x_0, scale, E5M2)
+        codes_1 = _encode(x_1, scale, E5M2)
+        codes_2 = _encode(x_2, scale, E5M2)
+        codes_3 = _encode(x_3, scale, E5M2)
+        if not EVEN:
+            is_col = (cols < num_cols)[None, :]
+            codes_0 = tl.where((rows_0 < num_rows)[:, None] & is_col, codes_0, 0).to(tl.uint8)
+            codes_1 = tl.where((rows_0 + 1 < num_rows)[:, None] & is_col, codes_1, 0).to(tl.uint8)
+            codes_2 = tl.where((rows_0 + 2 < num_rows)[:, None] & is_col, codes_2, 0).to(tl.uint8)
+            codes_3 = tl.where((rows_0 + 3 < num_rows)[:, None] & is_col, codes_3, 0).to(tl.uint8)
+        if codes_ptr is not None:
+            ptr = codes_ptr + item_offset
+            # The codes are masked already.
+            _store(ptr, codes_0, rows_0, cols, padded_rows, padded_cols, padded_rows, padded_cols, EVEN)
+            _store(ptr, codes_1, rows_0 + 1, cols, padded_rows, padded_cols, padded_rows, padded_cols, EVEN)
+            _store(ptr, codes_2, rows_0 + 2, cols, padded_rows, padded_cols, padded_rows, padded_cols, EVEN)
+            _store(ptr, codes_3, rows_0 + 3, cols, padded_rows, padded_cols, padded_rows, padded_cols, EVEN)
+        words = codes_0.to(tl.uint32) | (codes_1.to(tl.uint32) << 8)
+        words = words | (codes_2.to(tl.uint32) << 16) | (codes_3.to(tl.uint32) << 24)
+        word_ptr = (transposed_ptr + item_offset).to(tl.pointer_type(tl.uint32))
+        words_per_col = tl.cdiv(num_rows, MULTIPLE).to(tl.int64) * (MULTIPLE // 4)
+        word_rows = first_row // 4 + tl.arange(0, BLOCK_ROWS // 4)
+        _store(word_ptr, tl.trans(words), cols, word_rows, padded_cols, words_per_col, padded_cols, words_per_col, EVEN)
+        if scale_ptr is not None:
+            magnitudes = tl.maximum(
+                tl.maximum(tl.abs(x_0), tl.abs(x_1)), tl.maximum(tl.abs(x_2), tl.abs(x_3))
+            )
+            _raise_amax(amax_ptr, tl.max(magnitudes))
+    else:
+        codes = _encode(x, scale, E5M2)
+        if codes_ptr is not None:
+            _store(codes_ptr + item_offset, codes, rows, cols, num_rows, num_cols, padded_rows, padded_cols, EVEN)
+        if transposed_ptr is not None:
+            if VARIANT == PERMUTED:
+                turned = tl.reshape(codes, (4, BLOCK_ROWS // 4, BLOCK_COLS))
+                turned = tl.reshape(tl.permute(turned, (2, 1, 0)), (BLOCK_COLS, BLOCK_ROWS))
+                _store(transposed_ptr + item_offset, turned, cols, first_row + index, num_cols, num_rows, padded_cols, padded_rows, EVEN)
+            else:
+                _store(transposed_ptr + item_offset, tl.trans(codes), cols, rows, num_cols, num_rows, padded_cols, padded_rows, EVEN)
+        if scale_ptr is not None:
+            _raise_amax(amax_ptr, tl.max(tl.abs(x)))
