@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the project set out to reach on an H200, and whether stored results reach it.
 
-Input: the dictionaries of `gemm.json` and `host.json`. Output: one `Outcome` per goal. Pure.
+Input: the dictionaries of `gemm.json`, `host.json` and `module.json`. Output: one `Outcome` per goal. Pure.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Sequence
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,47 @@ GOALS = (
 )
 
 
-def evaluate(results: dict[str, dict[str, Any] | None]) -> list[Outcome]:
+def _module(size: int, batch: int, variant: str, field: str, bound: float, text: str) -> Goal:
+    row = (
+        ("point", f"B{batch}_N{size}"),
+        ("variant", variant),
+        ("pass", "forward_backward"),
+    )
+    is_minimum = field == "ratio_to_bf16"
+    return Goal("module", row, field, bound, is_minimum, f"{text}, N={size}, B={batch}")
+
+
+_DELAYED = "forward and backward, delayed scaling, over torch.bmm BF16"
+_CURRENT = "forward and backward, current scaling, over torch.bmm BF16"
+MODULE_GOALS = (
+    _module(2048, 32, "ours_delayed", "ratio_to_bf16", 1.25, _DELAYED),
+    _module(4096, 8, "ours_delayed", "ratio_to_bf16", 1.38, _DELAYED),
+    _module(2048, 32, "ours_current", "ratio_to_bf16", 1.10, _CURRENT),
+    _module(4096, 8, "ours_current", "ratio_to_bf16", 1.28, _CURRENT),
+    _module(1024, 128, "ours_delayed", "ratio_to_bf16", 0.9, _DELAYED),
+    _module(1024, 128, "ours_current", "ratio_to_bf16", 0.9, _CURRENT),
+    _module(
+        2048, 32, "ours_delayed", "saved_ratio", 0.55, "bytes saved for backward, of torch.bmm's"
+    ),
+    *(
+        Goal("module", (("case", f"ours_{name}"),), "median_us", 60.0, False, text)
+        for name, text in (
+            ("delayed", "host time of a forward, delayed scaling"),
+            ("current", "host time of a forward, current scaling"),
+        )
+    ),
+)
+
+
+def evaluate(
+    results: dict[str, dict[str, Any] | None], chosen: Sequence[Goal] = GOALS
+) -> list[Outcome]:
     """Compare each goal with `results[suite]`, which may be None."""
     outcomes = []
-    for goal in GOALS:
+    for goal in chosen:
         stored = results.get(goal.suite)
         rows = stored["rows"] if stored is not None else []
-        found = [r for r in rows if all(r[key] == value for key, value in goal.row)]
+        found = [r for r in rows if all(r.get(key) == value for key, value in goal.row)]
         measured = found[0][goal.field] if found else None
         is_reached = None
         if measured is not None:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of the benchmarks: `python benchmarks/run.py [--suite gemm|host|all] [--quick]`.
+"""Entry point of the benchmarks: `python benchmarks/run.py [--suite gemm|host|module|all] [--quick]`.
 
-Input: one CUDA GPU with Transformer Engine and this package. Output: `gemm.json` and `host.json` in
-a folder named after the GPU (`benchmarks/results/h200`), a table on the terminal, and exit code 1
+Input: one CUDA GPU with Transformer Engine and this package. Output: `gemm.json`, `host.json` and
+`module.json` in a folder named after the GPU (`benchmarks/results/h200`), a table on the terminal, and exit code 1
 if one of our own variants failed. Results are written after every point, so a stopped run keeps
 what it has. If the device stops answering, the program starts itself anew without the variant that
 broke it.
@@ -29,7 +29,7 @@ from benchmarks.timing import DeviceLostError
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python benchmarks/run.py", description=__doc__)
-    parser.add_argument("--suite", choices=("gemm", "host", "all"), default="all")
+    parser.add_argument("--suite", choices=("gemm", "host", "module", "all"), default="all")
     parser.add_argument("--quick", action="store_true", help="three points, few rounds")
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: named after the GPU)"
@@ -101,7 +101,28 @@ def _number(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
 
 
-def format_summary(gemm: dict[str, Any] | None, host: dict[str, Any] | None) -> str:
+def _format_module(module: dict[str, Any]) -> list[str]:
+    lines = [f"{'point':14}{'variant':22}{'pass':18}{'ms':>9}{'/bf16':>7}  dB"]
+    for row in module["rows"]:
+        reason = f"  {row['reason']}" if row["reason"] else ""
+        if "case" in row:
+            lines.append(
+                f"host time: {row['label']:43}{_number(row['median_us'], 1):>9} us{reason}"
+            )
+        else:
+            decibels = ", ".join(_number(db, 1) for db in row["sqnr_db"] or ())
+            lines.append(
+                f"{row['point']:14}{row['variant']:22}{row['pass']:18}{_number(row['median_ms'], 4):>9}"
+                f"{_number(row['ratio_to_bf16'], 2):>7}  {decibels}{reason}"
+            )
+    return lines
+
+
+def format_summary(
+    gemm: dict[str, Any] | None,
+    host: dict[str, Any] | None,
+    module: dict[str, Any] | None = None,
+) -> str:
     """Short plain table of everything measured, with the reasons for gaps, and the goals."""
     lines = []
     if gemm is not None:
@@ -119,7 +140,11 @@ def format_summary(gemm: dict[str, Any] | None, host: dict[str, Any] | None) -> 
         for row in host["rows"]:
             reason = f"  {row['reason']}" if row["reason"] else ""
             lines.append(f"{row['case']:46}{_number(row['median_us'], 2):>9}{reason}")
-    for outcome in goals.evaluate({"gemm": gemm, "host": host}):
+    results = {"gemm": gemm, "host": host, "module": module}
+    lines += _format_module(module) if module is not None else []
+    chosen = goals.GOALS if gemm is not None or host is not None else ()
+    chosen = (*chosen, *(goals.MODULE_GOALS if module is not None else ()))
+    for outcome in goals.evaluate(results, chosen):
         verdict = {None: "not measured", True: "reached", False: "MISSED"}[outcome.is_reached]
         sign = ">=" if outcome.goal.is_minimum else "<="
         lines.append(
@@ -129,7 +154,11 @@ def format_summary(gemm: dict[str, Any] | None, host: dict[str, Any] | None) -> 
     return "\n".join(lines)
 
 
-def find_failures(gemm: dict[str, Any] | None, host: dict[str, Any] | None) -> list[str]:
+def find_failures(
+    gemm: dict[str, Any] | None,
+    host: dict[str, Any] | None,
+    module: dict[str, Any] | None = None,
+) -> list[str]:
     """Rows of our own variants without a time."""
     failures = []
     for row in gemm["rows"] if gemm else []:
@@ -138,6 +167,11 @@ def find_failures(gemm: dict[str, Any] | None, host: dict[str, Any] | None) -> l
     for row in host["rows"] if host else []:
         if row["case"].startswith("ours") and row["median_us"] is None:
             failures.append(f"host {row['case']}: {row['reason']}")
+    for row in module["rows"] if module else []:
+        name = row.get("case") or row["variant"]
+        if name.startswith("ours") and row.get("median_us", row.get("median_ms")) is None:
+            where = row.get("point", "host time")
+            failures.append(f"module {where} {name}: {row['reason']}")
     return failures
 
 
@@ -149,12 +183,12 @@ def _measure_on_gpu(options: argparse.Namespace, arguments: Sequence[str]) -> in
         return 2
     import transformer_engine.pytorch  # noqa: F401  registers the types of quantized tensors
 
-    from benchmarks import gemm_suite, host_suite, peers, points, timing
+    from benchmarks import gemm_suite, host_suite, module_suite, peers, points, timing
 
     meta = stored_results.collect_meta(arguments, options.commit)
     folder = options.out or choose_folder(meta["gpu"] or "gpu", options.quick)
     clock = timing.CudaClock()
-    gemm = host = None
+    gemm = host = module = None
     if options.suite in ("host", "all"):
         operands, out = host_suite.make_inputs()
         host = run_suite(
@@ -179,8 +213,29 @@ def _measure_on_gpu(options: argparse.Namespace, arguments: Sequence[str]) -> in
             lambda point: [variant.name for variant in peers.VARIANTS],
             options.resume,
         )
-    print(format_summary(gemm, host))
-    failures = find_failures(gemm, host)
+    if options.suite in ("module", "all"):
+        settings = module_suite.Settings(rounds=8) if options.quick else module_suite.Settings()
+        step_clock = module_suite.HeadStartClock()
+
+        def measure_module(item: Any, lost: Mapping[str, str]) -> list[dict[str, Any]]:
+            if isinstance(item, module_suite.HostCase):
+                return [module_suite.measure_host(item, clock.settle, lost)]
+            return module_suite.measure_point(item, step_clock, settings, lost)
+
+        module = run_suite(
+            folder / "module.json",
+            meta,
+            (*module_suite.HOST_CASES, *module_suite.POINTS),
+            measure_module,
+            lambda item: (
+                [item.name]
+                if isinstance(item, module_suite.HostCase)
+                else [variant.name for variant in module_suite.VARIANTS]
+            ),
+            options.resume,
+        )
+    print(format_summary(gemm, host, module))
+    failures = find_failures(gemm, host, module)
     if failures:
         print("\nOurs without a time:\n" + "\n".join(failures))
     return 1 if failures else 0

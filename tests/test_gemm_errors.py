@@ -7,6 +7,7 @@ what came, what to do. Needs no GPU.
 
 from __future__ import annotations
 
+import contextlib
 import re
 
 import pytest
@@ -262,13 +263,13 @@ def test_formats_without_engine():
         quantizer=None,
         with_gemm_swizzled_scales=False,
     )
-    for x, title in ((block, "Float8 128-blocks"), (nvfp4, "NVFP4")):
-        for engine in (None, "reference"):
-            with teb.emulate(engine):
-                expect(
-                    teb.UnsupportedError, f"{title}.*Quantize with Float8Current.* instead", x, x
-                )
-        expect(teb.UnsupportedError, f"{title}", x, x)
+    for engine in (None, "reference"):
+        with teb.emulate(engine):
+            text = "NVFP4.*Quantize with Float8Current.* instead"
+            expect(teb.UnsupportedError, text, nvfp4, nvfp4)
+    expect(teb.UnsupportedError, "NVFP4", nvfp4, nvfp4)
+    text = r"Float8 128-blocks.*for single matrices only.*transformer_engine_batched.emulate\(\)"
+    expect(teb.UnsupportedError, text, block, block)
 
 
 # --- factors and destinations -----------------------------------------------------------------------------
@@ -438,18 +439,24 @@ def test_quantization_params():
     expect(teb.UnsupportedError, text, quantization_params=quantizer)
 
 
+@pytest.mark.parametrize("emulated", (False, True))
 @pytest.mark.parametrize("make", (Float8BlockQuantizer, NVFP4Quantizer))
-def test_quantizers_without_engine(make):
+def test_quantizers_without_engine(make, emulated):
     if make is NVFP4Quantizer:
         quantizer = object.__new__(NVFP4Quantizer)  # its constructor wants a GPU
+        text = "NVFP4"
     else:
         quantizer = make(te.DType.kFloat8E4M3, rowwise=True, columnwise=False)
-    with teb.emulate():
-        for call_ in (
-            lambda: teb.batched_general_gemm(good(), good(), quantization_params=quantizer),
-            lambda: teb.quantize(good(), quantizer),
-        ):
-            with pytest.raises(teb.UnsupportedError, match="128-blocks|NVFP4|Float8BlockQ"):
+        text = "quantization to Float8 128-blocks.* on CPU.*emulate"
+    for call_ in (
+        lambda: teb.batched_general_gemm(good(), good(), quantization_params=quantizer),
+        lambda: teb.quantize(good(), quantizer),
+    ):
+        with teb.emulate() if emulated else contextlib.nullcontext():
+            if emulated and make is Float8BlockQuantizer:
+                assert isinstance(call_(), Float8BlockwiseQTensorStorage)
+                continue
+            with pytest.raises(teb.UnsupportedError, match=text):
                 call_()
 
 

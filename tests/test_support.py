@@ -45,12 +45,22 @@ def test_mxfp8_runs_on_datacenter_blackwell():
     assert found == [None, None, None, None, None, "cublaslt", "cublaslt", None]
 
 
-@pytest.mark.parametrize("fmt", ("float8_block", "nvfp4"))
 @pytest.mark.parametrize("emulate, force", [(False, False), (True, False), (True, True)])
-def test_formats_without_engine_are_refused_everywhere(fmt, emulate, force):
+def test_formats_without_engine_are_refused_everywhere(emulate, force):
     for device in (CPU, *GPUS):
         with pytest.raises(UnsupportedError, match="Quantize with Float8CurrentScalingQuantizer"):
-            support.find_engine(fmt, device, emulate=emulate, force_reference=force)
+            support.find_engine("nvfp4", device, emulate=emulate, force_reference=force)
+
+
+def test_128_blocks_run_decoded_and_only_emulated():
+    for device in (CPU, *GPUS):
+        for force in (False, True):
+            found = support.find_engine(
+                "float8_block", device, emulate=True, force_reference=force
+            )
+            assert found == "decoded"
+        with pytest.raises(UnsupportedError, match="128-block scales for single.*emulate"):
+            support.find_engine("float8_block", device, emulate=False)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +107,16 @@ def test_te_mxfp8_kernel_is_never_called_below_blackwell():
 def test_te_float8_kernel_runs_from_ada_on():
     found = [support.find_native_quantizer("float8", device).engine for device in (CPU, *GPUS)]
     assert found == [None, None, None] + ["te"] * 5
-    for fmt in ("float8_block", "nvfp4"):
-        assert support.find_native_quantizer(fmt, HOPPER).engine is None
+    assert support.find_native_quantizer("nvfp4", HOPPER).engine is None
+
+
+def test_te_block_kernel_is_called_on_hopper_only():
+    found = [
+        device.name
+        for device in (CPU, *GPUS)
+        if support.find_native_quantizer("float8_block", device).engine == "te"
+    ]
+    assert found == ["Hopper"]
 
 
 def test_only_datacenter_blackwell_takes_strided_fp8():

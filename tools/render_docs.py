@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the tables and plots of README.md and docs/ from stored results and the support table.
 
-Input: `benchmarks/results/h200/{gemm,host}.json` and `transformer_engine_batched.support`. Output:
+Input: `benchmarks/results/h200/*.json` (`SUITES`) and `transformer_engine_batched.support`. Output:
 the text between `<!-- generated: NAME -->` and `<!-- end -->` in the Markdown files, and
 `docs/img/*.png`.
 
@@ -17,6 +17,7 @@ import argparse
 import hashlib
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any, Callable
@@ -24,13 +25,22 @@ from typing import Any, Callable
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import goals
+from benchmarks import attention_error, goals, module_suite, training
 from benchmarks.peers import BASELINE, VARIANTS
 
 _BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 _LABELS = {variant.name: variant.label for variant in VARIANTS}
 
 Results = dict[str, Any]
+
+# Stored results -> the command that makes them.
+SUITES = {
+    "gemm": "make gpu-bench",
+    "host": "make gpu-bench",
+    "module": "make gpu-bench",
+    "training": "python benchmarks/training.py",
+    "attention_error": "python benchmarks/attention_error.py",
+}
 
 
 class Point:
@@ -43,9 +53,9 @@ class Point:
 
 
 def read_results(folder: Path) -> dict[str, Results | None]:
-    """`{"gemm": ..., "host": ...}`, None for a suite without results."""
+    """Results by suite, None for one without results."""
     found: dict[str, Results | None] = {}
-    for suite in ("gemm", "host"):
+    for suite in SUITES:
         path = folder / f"{suite}.json"
         found[suite] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
     return found
@@ -77,7 +87,7 @@ def _table(head: list[str], body: list[list[str]]) -> str:
 
 def _missing(suite: str) -> str:
     return (
-        f"_Not measured yet: `make gpu-bench` on the GPU writes "
+        f"_Not measured yet: `{SUITES[suite]}` on the GPU writes "
         f"`benchmarks/results/h200/{suite}.json`._"
     )
 
@@ -172,11 +182,11 @@ def _host(host: Results) -> str:
     return f"{table}\n\n{format_caption(host['meta'])}"
 
 
-def _goals(results: dict[str, Results | None]) -> str:
+def _goals(results: dict[str, Results | None], chosen: tuple[goals.Goal, ...]) -> str:
     body = []
-    for outcome in goals.evaluate(results):
+    for outcome in goals.evaluate(results, chosen):
         goal = outcome.goal
-        unit = "x" if goal.suite == "gemm" else " us"
+        unit = " us" if goal.field == "median_us" else "x"
         sign = "at least" if goal.is_minimum else "at most"
         verdict = {None: "not measured", True: "reached", False: "missed"}[outcome.is_reached]
         measured = _format(outcome.measured, 2, unit)
@@ -184,9 +194,110 @@ def _goals(results: dict[str, Results | None]) -> str:
     return _table(["goal", "bound", "measured", ""], body)
 
 
-def _pictures(gemm: Results, names: tuple[str, ...], folder: str) -> str:
-    pictures = "\n\n".join(f"![{PLOTS[name][0]}]({folder}/{name})" for name in names)
-    return f"{pictures}\n\n{format_caption(gemm['meta'])}"
+def _pictures(results: Results, plots: dict[str, Plot], folder: str) -> str:
+    pictures = "\n\n".join(f"![{plot[0]}]({folder}/{name})" for name, plot in plots.items())
+    return f"{pictures}\n\n{format_caption(results['meta'])}"
+
+
+_MODULE_LABELS = {variant.name: variant.label for variant in module_suite.VARIANTS}
+
+
+def _module(module: Results, pass_name: str) -> str:
+    """Milliseconds of a pass and, in brackets, times torch.bmm BF16; sizes by variants."""
+    points: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in module["rows"]:
+        if row.get("pass") == pass_name:
+            points.setdefault(row["point"], {})[row["variant"]] = row
+    notes, body = [], []
+    for rows in points.values():
+        sizes = next(iter(rows.values()))
+        cells = []
+        for name, label in _MODULE_LABELS.items():
+            row = rows.get(name)
+            if row is None or row["median_ms"] is None:
+                cells.append("-")
+                if row is not None:
+                    notes.append(f"- no time for {label} at N={row['size']}: {row['reason']}")
+                continue
+            is_baseline = name == module_suite.BASELINE.name
+            ratio = "" if is_baseline else f" ({_format_ratio(row['ratio_to_bf16'])}x)"
+            cells.append(_format(row["median_ms"], 3) + ratio)
+        body.append([str(sizes["size"]), str(sizes["batch"]), *cells])
+    table = _table(["N", "B", *_MODULE_LABELS.values()], body)
+    below = "\n\n" + "\n".join(notes) if notes else ""
+    return f"{table}{below}\n\n{format_caption(module['meta'])}"
+
+
+def _module_checks(module: Results) -> str:
+    """Accuracy and saved bytes of the timed steps."""
+    body = []
+    for row in module["rows"]:
+        if row.get("pass") != module_suite.FORWARD_BACKWARD:
+            continue
+        decibels = [_format(db, 1) for db in row["sqnr_db"] or (None,) * 3]
+        saved = row["saved_bytes"]
+        mebibytes = _format(None if saved is None else saved / 2**20, 0)
+        label = _MODULE_LABELS[row["variant"]]
+        ratio = _format(row["saved_ratio"], 2)
+        body.append([str(row["size"]), str(row["batch"]), label, *decibels, mebibytes, ratio])
+    heads = [
+        "product, dB",
+        "gradient of a, dB",
+        "gradient of b, dB",
+        "saved, MiB",
+        "of torch.bmm's",
+    ]
+    return f"{_table(['N', 'B', 'variant', *heads], body)}\n\n{format_caption(module['meta'])}"
+
+
+def _module_verdict(module: Results) -> str:
+    """Where a step is faster in BF16, in words, from the rows."""
+    slower = [
+        f"N={row['size']} with {_MODULE_LABELS[row['variant']]} ({_format_ratio(row['ratio_to_bf16'])}x)"
+        for row in module["rows"]
+        if row.get("pass") == module_suite.FORWARD_BACKWARD
+        and row["variant"] != module_suite.BASELINE.name
+        and row["ratio_to_bf16"] is not None
+        and row["ratio_to_bf16"] < 1
+    ]
+    if not slower:
+        return "At none of these sizes is a step in BF16 faster."
+    return "A step in BF16 is faster at " + ", ".join(slower) + "."
+
+
+def _module_host(module: Results) -> str:
+    return _host({**module, "rows": [row for row in module["rows"] if "case" in row]})
+
+
+def _training(results: Results) -> str:
+    body = []
+    for name, found in training.summarize(results["rows"]).items():
+        verdict = {None: "", True: "within 2 %", False: "missed"}[found["is_reached"]]
+        deviation = found["deviation"]
+        body.append(
+            [
+                training.LABELS[name],
+                f"{found['final_loss']:.4f}",
+                f"{found['lowest']:.4f} to {found['highest']:.4f}",
+                "-" if deviation is None else f"{100 * deviation:+.2f} %",
+                verdict,
+                f"{found['seconds']:.0f}",
+            ]
+        )
+    heads = ["recipe", "final loss", "seeds", "against BF16", "", "seconds, all seeds"]
+    return f"{_table(heads, body)}\n\n{format_caption(results['meta'])}"
+
+
+def _attention(results: Results) -> str:
+    rows: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        rows.setdefault(row["label"], {})[row["tensor"]] = row
+    body = [
+        [label, *(f"{found[t]['worst_db']:.1f} ({found[t]['median_db']:.1f})" for t in found)]
+        for label, found in rows.items()
+    ]
+    titles = ["scores", "output", "gradient of q", "gradient of k", "gradient of v"]
+    return f"{_table(['recipe', *titles], body)}\n\n{format_caption(results['meta'])}"
 
 
 def _support(results: dict[str, Results | None]) -> str:
@@ -195,14 +306,20 @@ def _support(results: dict[str, Results | None]) -> str:
     return support.format_table()
 
 
+def _from(
+    suite: str, render: Callable[[Results], str]
+) -> Callable[[dict[str, Results | None]], str]:
+    return lambda results: render(results[suite]) if results[suite] else _missing(suite)
+
+
 def _from_gemm(render: Callable[[Results], str]) -> Callable[[dict[str, Results | None]], str]:
-    return lambda results: render(results["gemm"]) if results["gemm"] else _missing("gemm")
+    return _from("gemm", render)
 
 
 SQUARE, OTHER = ("square",), ("ragged", "rectangular")
 BLOCKS: dict[str, Callable[[dict[str, Results | None]], str]] = {
     "support": _support,
-    "goals": _goals,
+    "goals": lambda results: _goals(results, goals.GOALS),
     "gemm-headline": _from_gemm(lambda gemm: _grid(gemm, SQUARE, _rate_and_ratio, _HEADLINE)),
     "gemm-tflops": _from_gemm(
         lambda gemm: _grid(gemm, SQUARE, lambda row: _format_rate(row["tflops"]), notes=True)
@@ -221,9 +338,22 @@ BLOCKS: dict[str, Callable[[dict[str, Results | None]], str]] = {
     ),
     "gemm-noise": _from_gemm(lambda gemm: _grid(gemm, SQUARE, _noise, [BASELINE.name])),
     "gemm-other-shapes": _from_gemm(lambda gemm: _grid(gemm, OTHER, _rate_and_ratio, notes=True)),
-    "gemm-plots": _from_gemm(lambda gemm: _pictures(gemm, tuple(PLOTS), "img")),
-    "gemm-plot-readme": _from_gemm(lambda gemm: _pictures(gemm, ("gemm_speedup.png",), "docs/img")),
-    "host": lambda results: _host(results["host"]) if results["host"] else _missing("host"),
+    "gemm-plots": _from_gemm(lambda gemm: _pictures(gemm, PLOTS, "img")),
+    "gemm-plot-readme": _from_gemm(
+        lambda gemm: _pictures(gemm, {"gemm_speedup.png": PLOTS["gemm_speedup.png"]}, "docs/img")
+    ),
+    "host": _from("host", _host),
+    "module-goals": lambda results: (
+        _goals(results, goals.MODULE_GOALS) if results["module"] else _missing("module")
+    ),
+    "module-verdict": _from("module", _module_verdict),
+    "module-step": _from("module", lambda x: _module(x, module_suite.FORWARD_BACKWARD)),
+    "module-forward": _from("module", lambda x: _module(x, module_suite.FORWARD)),
+    "module-checks": _from("module", _module_checks),
+    "module-host": _from("module", _module_host),
+    "training": _from("training", _training),
+    "training-plot": _from("training", lambda x: _pictures(x, TRAINING_PLOTS, "img")),
+    "attention-error": _from("attention_error", _attention),
 }
 
 
@@ -274,8 +404,61 @@ def _draw(gemm: Results, field: str, ylabel: str, title: str) -> Any:
     return figure
 
 
-# File name -> (words for readers who do not see it, how it is drawn).
-PLOTS: dict[str, tuple[str, Callable[[Results], Any]]] = {
+_TRAINING_STYLES = {
+    "bf16": ("#555555", "-"),
+    "delayed": ("#0072B2", "-"),
+    "current": ("#D55E00", "--"),
+    "mxfp8": ("#009E73", ":"),
+    "bf16_without_triangles": ("#BBBBBB", "-"),
+}
+# A single step's loss depends on its graphs; a curve is the mean over this many steps and over the seeds.
+_SMOOTHING_STEPS = 10
+
+
+def _draw_training(results: Results) -> Any:
+    """Two panels: losses over steps, and what each recipe's loss differs from BF16's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    curves: dict[str, list[list[float]]] = {}
+    for row in results["rows"]:
+        curves.setdefault(row["recipe"], []).append(row["losses"])
+    means = {}
+    for name, runs in curves.items():
+        mean = [statistics.fmean(step) for step in zip(*runs)]
+        means[name] = [
+            statistics.fmean(mean[max(0, i - _SMOOTHING_STEPS + 1) : i + 1])
+            for i in range(len(mean))
+        ]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10.0, 4.2), layout="constrained")
+    baseline = means.get(training.BASELINE)
+    for name, mean in means.items():
+        color, line = _TRAINING_STYLES[name]
+        left.plot(mean, line, color=color, label=training.LABELS[name])
+        if name in training.QUANTIZED and baseline is not None:
+            relative = [100 * (x / y - 1) for x, y in zip(mean, baseline)]
+            right.plot(relative, line, color=color, label=training.LABELS[name])
+    bound = 100 * training.MAXIMUM_DEVIATION
+    right.axhspan(-bound, bound, color="#eeeeee", zorder=0)
+    left.set_ylim(bottom=0)
+    left.set_ylabel("binary cross-entropy, nats")
+    right.set_ylabel("difference from BF16, %")
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    num_seeds = max(len(runs) for runs in curves.values())
+    figure.suptitle(f"Training, mean of {num_seeds} seeds, {results['meta']['gpu']}", fontsize=11)
+    return figure
+
+
+# Words for readers who do not see it, and how it is drawn.
+Plot = tuple[str, Callable[[Results], Any]]
+PLOTS: dict[str, Plot] = {
     "gemm_tflops.png": (
         "TFLOP/s over N for each variant",
         lambda gemm: _draw(
@@ -289,35 +472,42 @@ PLOTS: dict[str, tuple[str, Callable[[Results], Any]]] = {
         ),
     ),
 }
+TRAINING_PLOTS: dict[str, Plot] = {
+    "training.png": ("Loss over training steps for each recipe", _draw_training)
+}
+_PLOTS_OF_SUITE = {"gemm": PLOTS, "training": TRAINING_PLOTS}
 
 
-def _digest(results: Path) -> str:
-    return hashlib.sha256((results / "gemm.json").read_bytes()).hexdigest()
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_plots(results_folder: Path, image_folder: Path) -> None:
     """Draw every plot. Each carries the digest of its results, for `find_stale_plots`."""
-    gemm = read_results(results_folder)["gemm"]
-    if gemm is None:
-        return
-    image_folder.mkdir(parents=True, exist_ok=True)
-    for name, (_, draw) in PLOTS.items():
-        draw(gemm).savefig(
-            image_folder / name, dpi=150, metadata={"Source": _digest(results_folder)}
-        )
+    results = read_results(results_folder)
+    for suite, plots in _PLOTS_OF_SUITE.items():
+        stored = results[suite]
+        if stored is None:
+            continue
+        image_folder.mkdir(parents=True, exist_ok=True)
+        source = _digest(results_folder / f"{suite}.json")
+        for name, (_, draw) in plots.items():
+            draw(stored).savefig(image_folder / name, dpi=150, metadata={"Source": source})
 
 
 def find_stale_plots(results_folder: Path, image_folder: Path) -> list[str]:
     """Plots that are missing or were drawn from other results. Pixels are not compared."""
-    if not (results_folder / "gemm.json").exists():
-        return []
     problems = []
-    for name in PLOTS:
-        path = image_folder / name
-        if not path.exists():
-            problems.append(f"docs/img/{name}: missing, but there are results to draw")
-        elif _digest(results_folder).encode() not in path.read_bytes():
-            problems.append(f"docs/img/{name}: drawn from other results than the stored ones")
+    for suite, plots in _PLOTS_OF_SUITE.items():
+        stored = results_folder / f"{suite}.json"
+        if not stored.exists():
+            continue
+        for name in plots:
+            path = image_folder / name
+            if not path.exists():
+                problems.append(f"docs/img/{name}: missing, but there are results to draw")
+            elif _digest(stored).encode() not in path.read_bytes():
+                problems.append(f"docs/img/{name}: drawn from other results than the stored ones")
     return problems
 
 

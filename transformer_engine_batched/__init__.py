@@ -24,6 +24,7 @@ from .gemm import batched_general_gemm
 from .module import BatchedMatmul, bmm
 from .plan import limit_sms
 from .quantize import quantize
+from .quantized_bmm import disable_quantized_bmm, enable_quantized_bmm
 
 _plugin.attach()
 
@@ -35,7 +36,9 @@ __all__ = [
     "batched_general_gemm",
     "bmm",
     "clear_choices",
+    "disable_quantized_bmm",
     "emulate",
+    "enable_quantized_bmm",
     "limit_sms",
     "list_choices",
     "load_choices",

@@ -37,6 +37,7 @@ def emulate(engine: Optional[str] = None) -> Iterator[None]:
     times scales, summed in FP64, rounded once. What the device can run, it still runs. MXFP8 on a CUDA
     device without MXFP8 runs as a BF16 product of the decoded operands, which is exact up to the order of
     the FP32 sums, since an FP8 code times a power of two is a BF16 number (checked, range permitting).
+    Float8 128-blocks run decoded everywhere, in FP32 where their scales are no powers of two.
 
     TE's own support checks pass inside, so that `te.autocast` accepts every recipe; modules of TE other than
     this package's still need their hardware and fail with their own error.

@@ -26,7 +26,7 @@ from .operands import (
 )
 from .plan import current_sm_count, describe_device
 from .quantize import quantize
-from .reference.decoding import decode_mxfp8
+from .reference.decoding import decode_blockwise, decode_mxfp8
 from .reference.product import TORCH_DTYPES
 from .support import HIGH_PRECISION, check_fp8_pair, find_engine, supports_non_tn
 from .te_interop import (
@@ -114,9 +114,9 @@ def batched_general_gemm(
 
     Parameters
     ----------
-    A, B : torch.Tensor, Float8Tensor or MXFP8Tensor (or their storage classes)
+    A, B : torch.Tensor, Float8Tensor, MXFP8Tensor or Float8BlockwiseQTensor (or their storage classes)
         Both FP32, both FP16, both BF16, both Float8 (one scale per tensor; E4M3 and E5M2 mixed, not both
-        E5M2) or both MXFP8. A quantized operand must have row-wise data if its last dim is contracted,
+        E5M2), both MXFP8, or both Float8 128-blocks (inside `emulate()`). A quantized operand must have row-wise data if its last dim is contracted,
         column-wise data otherwise. Torch tensors may be any views: those with one of the last two dims
         contiguous are read in place, others from one packed copy.
     out_dtype : torch.dtype, optional
@@ -408,7 +408,7 @@ def _prepare(
                 f"{what} is on {tensor.device}, operand {left.name} on {device}: move them to one device"
             )
     fmt = _common_format(left, right)
-    if fmt in ("float8", "mxfp8"):
+    if fmt in ("float8", "mxfp8", "float8_block"):
         check_fp8_pair(left.codes.dtype, right.codes.dtype, left.name, right.name)
     device_info = describe_device(device)
     engine = find_engine(
@@ -672,21 +672,23 @@ def _apply_autocast(x: object) -> object:
 
 
 def _decode_both(left: _Side, right: _Side) -> tuple[tuple, tuple]:
-    """MXFP8 operands on a CUDA device without it, as plain ones of one type: BF16, or FP32 if it has to be."""
-    values = [
-        decode_mxfp8(
-            side.codes.data,
-            side.codes.scale_inv,
-            TORCH_DTYPES[side.codes.dtype],
-            columnwise=side.codes.columnwise,
-            swizzled=side.codes.swizzled,
-        )
-        for side in (left, right)
-    ]
+    """Block-scaled operands without an engine as plain ones of one type: BF16, or FP32 if it has to be."""
+    values = [_decode(side.codes) for side in (left, right)]
     if values[0].dtype != values[1].dtype:
         values = [value.float() for value in values]
     dtype = HIGH_PRECISION_DTYPES[values[0].dtype]
     return tuple(
         (value, side.name, side.transposed, Codes(dtype, dtype, value))
         for value, side in zip(values, (left, right))
+    )
+
+
+def _decode(codes: Codes) -> torch.Tensor:
+    fp8 = TORCH_DTYPES[codes.dtype]
+    if codes.fmt == "float8_block":
+        return decode_blockwise(
+            codes.data, codes.scale_inv, fp8, square=codes.square, transposed=codes.moved_last_dim
+        )
+    return decode_mxfp8(
+        codes.data, codes.scale_inv, fp8, columnwise=codes.columnwise, swizzled=codes.swizzled
     )

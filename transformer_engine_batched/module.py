@@ -7,8 +7,7 @@ Input: torch tensors or TE quantized tensors. The arithmetic is `autograd`'s.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from typing import Iterator, List, Optional
+from typing import List, Optional
 
 import torch
 
@@ -87,6 +86,7 @@ class BatchedMatmul(TransformerEngineBaseModule):
         with without_cuda():
             super().__init__(name=name)
         self.fast_setattr("_state_device", _default_device())
+        self.fast_setattr("_known_quantization", ((None, None, None), Quantization()))
 
     @torch.compiler.disable(reason="the product is not a traceable operator yet")
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -106,42 +106,41 @@ class BatchedMatmul(TransformerEngineBaseModule):
         """
         a, b, squeeze = _prepare_operands(a, b)
         self.fast_setattr("_state_device", a.device)
-        with self._forward_scope(a):
-            quantization = self._quantization(a, b)
-            out = differentiable_matmul(a, b, _activation_dtype(a), quantization)
-        return squeeze(out)
-
-    @contextmanager
-    def _forward_scope(self, a: torch.Tensor) -> Iterator[None]:
         if a.is_cuda:
-            with self.prepare_forward_ctx(
-                a, num_gemms=1, allow_non_contiguous=True, allow_different_data_and_param_types=True
-            ):
-                yield
-            return
-        enter_forward_without_cuda(self, a)
+            # num_gemms, allow_non_contiguous, allow_different_data_and_param_types
+            self.prepare_forward(a, 1, True, True)
+        else:
+            enter_forward_without_cuda(self, a)
         try:
-            yield
+            quantization = self._choose_quantization(a, b)
+            out = differentiable_matmul(a, b, _activation_dtype(a), quantization)
         finally:
-            leave_forward_without_cuda(self)
+            if a.is_cuda:
+                self.end_forward()
+            else:
+                leave_forward_without_cuda(self)
+        return out if squeeze is None else squeeze(out)
 
-    def _quantization(self, a: torch.Tensor, b: torch.Tensor) -> Quantization:
+    def _choose_quantization(self, a: torch.Tensor, b: torch.Tensor) -> Quantization:
         if not self.fp8:
             if self.fp8_calibration:
                 for quantizer, x in zip(self.quantizers["scaling_fwd"], (a, b)):
                     quantizer.calibrate(x.detach())
             return Quantization()
         recipe = self.fp8_meta["recipe"]
-        quantizer_a, quantizer_b = self.quantizers["scaling_fwd"][:2]
-        needs_grad = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
-        reduces = needs_grad and not _is_stateless(recipe) and takes_first_module_turn()
-        return Quantization(
-            quantizer_a,
-            quantizer_b,
-            self.quantizers["scaling_bwd"][0],
-            *accumulator_settings(recipe),
-            after_backward=update_backward_scales if reduces else None,
-        )
+        forward, backward = self.quantizers["scaling_fwd"], self.quantizers["scaling_bwd"]
+        # TE makes new lists when a recipe or the length of its history changes.
+        known, quantization = self._known_quantization
+        if known[0] is not recipe or known[1] is not forward or known[2] is not backward:
+            quantization = Quantization(
+                forward[0], forward[1], backward[0], *accumulator_settings(recipe)
+            )
+            self.fast_setattr("_known_quantization", ((recipe, forward, backward), quantization))
+        if _is_stateless(recipe) or not torch.is_grad_enabled():
+            return quantization
+        if (a.requires_grad or b.requires_grad) and takes_first_module_turn():
+            return quantization._replace(after_backward=update_backward_scales)
+        return quantization
 
     def set_meta_tensor(self, fwd: bool, recipe: Recipe) -> None:
         """Makes scales and amax histories, on the CPU if that is where the operands are."""
@@ -261,7 +260,8 @@ def bmm(
         )
     else:
         quantization = Quantization()
-    return squeeze(differentiable_matmul(a, b, out_dtype or _activation_dtype(a), quantization))
+    out = differentiable_matmul(a, b, out_dtype or _activation_dtype(a), quantization)
+    return out if squeeze is None else squeeze(out)
 
 
 def _default_device() -> torch.device:
@@ -280,7 +280,7 @@ def _activation_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def _prepare_operands(a: torch.Tensor, b: torch.Tensor):
-    """Operands of at least two dims in the dtype of torch.autocast, and what brings the result back."""
+    """Operands of at least two dims in the dtype of torch.autocast, and what squeezes the result, if needed."""
     for name, x in (("a", a), ("b", b)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"operand {name}: expected a torch.Tensor, got {type(x).__name__}")
@@ -297,6 +297,8 @@ def _prepare_operands(a: torch.Tensor, b: torch.Tensor):
         a = a if is_quantized(a) else a.to(dtype)
         b = b if is_quantized(b) else b.to(dtype)
     is_a_vector, is_b_vector = a.dim() == 1, b.dim() == 1
+    if not (is_a_vector or is_b_vector):
+        return a, b, None
     if is_a_vector:
         a = a.unsqueeze(0)
     if is_b_vector:

@@ -12,6 +12,7 @@ import torch
 from .emulation import current_emulation
 from .errors import UnsupportedError
 from .plan import describe_device
+from .reference import blockwise as reference_blockwise
 from .reference import quantizers as reference_quantizers
 from .support import FORMAT_TITLES, find_native_quantizer
 from .te_interop import Quantizer, is_quantized, is_quantizer, quantizer_format
@@ -27,14 +28,14 @@ def quantize(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     ----------
     x : torch.Tensor
         FP32, FP16 or BF16, any strides, shape ``[*leading, last]``.
-    quantizer : Float8Quantizer, Float8CurrentScalingQuantizer or MXFP8Quantizer
+    quantizer : Float8Quantizer, Float8CurrentScalingQuantizer, MXFP8Quantizer or Float8BlockQuantizer
         TE's object; says the FP8 type, the scale rule, and which copies are made (row-wise for products
         along the last dim, column-wise for products along the other dims). A `Float8Quantizer` uses its
         `scale` and updates its `amax`.
 
     Returns
     -------
-    Float8Tensor or MXFP8Tensor
+    Float8Tensor, MXFP8Tensor or Float8BlockwiseQTensor
         TE's own class with the nominal dtype and shape of `x`, or its storage class if
         `quantizer.internal`. The result carries no gradient.
 
@@ -73,6 +74,8 @@ def quantize(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
     with torch.no_grad():
         if answer.engine == "te" and not emulation.force_reference:
             return quantizer(x.contiguous())
+        if emulation.enabled and fmt == "float8_block":
+            return reference_blockwise.quantize(x, quantizer)
         if emulation.enabled and fmt in ("float8", "mxfp8"):
             return reference_quantizers.quantize(x, quantizer)
     raise UnsupportedError(
@@ -80,7 +83,7 @@ def quantize(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:
         + (
             " To do it with the exact reference quantizer, do so inside "
             "`with transformer_engine_batched.emulate():`."
-            if fmt in ("float8", "mxfp8")
+            if fmt in ("float8", "mxfp8", "float8_block")
             else ""
         )
     )

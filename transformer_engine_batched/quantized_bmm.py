@@ -40,8 +40,10 @@ from .te_interop import (
     read_codes,
 )
 
-# The values of the dequantized product: Hopper's fast accumulation would lose 14 bits or more at large K.
+# As exact as the dequantized product in BF16: fast accumulation on Hopper keeps about 14 bits of its sums.
 _USE_SPLIT_ACCUMULATOR = True
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 # What torch does with a call if no class has a say.
 _run_below = torch._C._disabled_torch_function_impl
@@ -173,7 +175,7 @@ def _torch_function(
 ) -> object:
     """``__torch_function__`` of TE's quantized tensors while the switch is on."""
     kwargs = kwargs or {}
-    if not all(issubclass(t, (QuantizedTensor, TransposedView)) for t in types):
+    if not all(t in _PLAIN or issubclass(t, (QuantizedTensor, TransposedView)) for t in types):
         # TE's classes have no say in torch functions: a class that has one decides.
         return NotImplemented
     if not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
@@ -217,15 +219,15 @@ def _try_baddbmm(_func: Callable, args: tuple, kwargs: dict) -> Optional[torch.T
     if bound is None or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in factors):
         return None
     addend, a, b = bound
-    if not isinstance(addend, torch.Tensor) or not _are_batches(a, b):
+    if isinstance(addend, (QuantizedTensor, TransposedView)):
+        addend = _Decoding.apply(addend, addend.dtype)
+    if type(addend) not in _PLAIN or not _are_batches(a, b):
         return None
     out_dtype, shape = _result_dtype(a, b), (a.shape[0], a.shape[1], b.shape[2])
     if broadcast_shapes(tuple(addend.shape), shape) != shape or addend.device != a.device:
         return None
     if addend.dtype != out_dtype and not _autocast_dtype(a):
         return None
-    if isinstance(addend, QuantizedTensor):
-        addend = addend.dequantize(dtype=out_dtype)
     beta, alpha = map(float, factors)
     return _try_product(a, b, addend.to(out_dtype), beta, alpha)
 
@@ -304,8 +306,10 @@ _IMPLEMENTATIONS = {
 class TransposedView(torch.Tensor):
     """A quantized tensor with its last two dims swapped, for products to read through its other copy.
 
-    To anything but a product it is what TE makes of a transposition, the dequantized tensor, from the
-    moment that it is looked at. Has no storage of its own; made by `enable_quantized_bmm`'s hook.
+    To anything but a product it is what TE makes of a transposition, the dequantized tensor. Like TE's
+    tensors it is dequantized anew by each operation that reads it. The first that writes to it or lets its
+    memory out settles it: from then on it is a plain tensor in all but type. Made by
+    `enable_quantized_bmm`'s hook.
     """
 
     @staticmethod
@@ -318,25 +322,25 @@ class TransposedView(torch.Tensor):
 
     def __init__(self, source: QuantizedTensor) -> None:
         super().__init__()
-        self._source = source
+        self._source: Optional[QuantizedTensor] = source
         self._value: Optional[torch.Tensor] = None
-        self._version = 0
 
     def read_source(self) -> Optional[QuantizedTensor]:
-        """The tensor that was transposed; None if the view has been written to since."""
-        value = self._value
-        if value is not None and (value.is_inference() or value._version != self._version):
-            return None
+        """The tensor that was transposed; None once the view is settled."""
         return self._source
 
-    def dequantize(self) -> torch.Tensor:
-        """The elements, without gradient: always the same tensor, which writes to the view change."""
-        if self._value is None:
+    def read_value(self, *, settle: bool) -> torch.Tensor:
+        """The elements, without gradient.
+
+        `settle`: the same tensor from now on, for the caller to write to or to give away.
+        """
+        value = self._value
+        if value is None:
             with torch.no_grad():
-                self._value = self._source.dequantize().transpose(-2, -1)
-            if not self._value.is_inference():
-                self._version = self._value._version
-        return self._value
+                value = self._source.dequantize().transpose(-2, -1)
+        if settle:
+            self._value, self._source = value, None
+        return value
 
     __torch_function__ = classmethod(_torch_function)
 
@@ -344,12 +348,14 @@ class TransposedView(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Callable, types: tuple, args: tuple = (), kwargs: Optional[dict] = None
     ) -> object:
-        args, kwargs = _unwrap(args), _unwrap(kwargs or {})
-        return func(*args, **kwargs)
+        settle = func._schema.is_mutable or func.is_view
+        return func(*_read_views(args, settle), **_read_views(kwargs or {}, settle))
 
 
-def _unwrap(tree: object) -> object:
-    return tree_map(lambda x: x.dequantize() if isinstance(x, TransposedView) else x, tree)
+def _read_views(tree: object, settle: bool) -> object:
+    return tree_map(
+        lambda x: x.read_value(settle=settle) if isinstance(x, TransposedView) else x, tree
+    )
 
 
 # These read the memory of a tensor, or the tensor as an object, without the dispatcher.
@@ -374,24 +380,16 @@ _MEMORY_FUNCTIONS = frozenset(
 
 def _run_with_views(func: Callable, types: tuple, args: tuple, kwargs: dict) -> object:
     """A call with transposed views in it, as TE would have run it."""
-    if func is torch.Tensor.dequantize:
-        return _run_below(torch.Tensor.clone, types, args, kwargs)
     if func in _MEMORY_FUNCTIONS:
-        return func(*_unwrap(args), **_unwrap(kwargs))
-    if any(issubclass(t, QuantizedTensor) for t in types):
+        return func(*_read_views(args, True), **_read_views(kwargs, True))
+    if tree_any(lambda x: isinstance(x, QuantizedTensor), (args, kwargs)):
         # TE's dispatch knows no views. Whichever is not written to becomes a plain tensor, with its gradient.
         target = kwargs.get("out", args[0] if args else None)
         plain = QuantizedTensor if isinstance(target, TransposedView) else TransposedView
-        args, kwargs = (
-            tree_map(lambda x: _decode(x) if isinstance(x, plain) else x, tree)
-            for tree in (args, kwargs)
+        args, kwargs = tree_map(
+            lambda x: _Decoding.apply(x, x.dtype) if isinstance(x, plain) else x, (args, kwargs)
         )
     return _run_below(func, types, args, kwargs)
-
-
-def _decode(x: torch.Tensor) -> torch.Tensor:
-    """Elements of a quantized tensor or a view, with a gradient."""
-    return x.clone() if isinstance(x, TransposedView) else x.dequantize()
 
 
 class _Transposition(torch.autograd.Function):
@@ -427,7 +425,7 @@ class _Factor(NamedTuple):
         if isinstance(x, TransposedView):
             source = x.read_source()
             return None if source is None else cls(source, True)
-        return cls(x) if isinstance(x, QuantizedTensor) else None
+        return cls(x) if isinstance(x, QuantizedTensor) and _find_format(x) else None
 
     @property
     def mT(self) -> "_Factor":
@@ -437,22 +435,27 @@ class _Factor(NamedTuple):
     def read(self, *, is_left: bool) -> Optional[Codes]:
         """The codes that a product reads; None if there is no such copy."""
         try:
-            return read_codes(self.source, "", is_left != self.transposed, _allows_strided)
-        except (UnsupportedError, ValueError):
+            codes = read_codes(self.source, "", is_left != self.transposed, _allows_strided)
+        except ValueError:
             return None
+        # Not the stand-ins of a tracer, which have no memory.
+        return codes if type(codes.data) is torch.Tensor else None
 
 
 def _allows_strided(device: torch.device) -> bool:
     return supports_non_tn("float8", describe_device(device))
 
 
+def _find_format(x: object) -> Optional[str]:
+    if isinstance(x, Float8TensorStorage):
+        return "float8"
+    return "mxfp8" if isinstance(x, MXFP8TensorStorage) else None
+
+
 def _has_engine(x: QuantizedTensor) -> bool:
-    for storage, fmt in ((Float8TensorStorage, "float8"), (MXFP8TensorStorage, "mxfp8")):
-        if isinstance(x, storage):
-            break
-    else:
+    fmt, emulation = _find_format(x), current_emulation()
+    if fmt is None:
         return False
-    emulation = current_emulation()
     try:
         find_engine(
             fmt,
@@ -500,6 +503,8 @@ def _try_product(
     ):
         return None
     out_dtype = _result_dtype(a, b)
+    if _find_format(left.source) != _find_format(right.source):
+        return None
     if out_dtype is None or left.read(is_left=True) is None or right.read(is_left=False) is None:
         return None
     try:
@@ -577,9 +582,9 @@ class _Product(torch.autograd.Function):
             if not torch.is_grad_enabled():
                 grads[:2] = _multiply_gradient(grad, a, b, alpha, ctx.operands)
             if ctx.needs_input_grad[0] and grads[0] is None:
-                grads[0] = alpha * (grad @ _read_values(b, grad.dtype).mT)
+                grads[0] = alpha * (grad @ _Decoding.apply(b, grad.dtype).mT)
             if ctx.needs_input_grad[1] and grads[1] is None:
-                grads[1] = alpha * (_read_values(a, grad.dtype).mT @ grad)
+                grads[1] = alpha * (_Decoding.apply(a, grad.dtype).mT @ grad)
         for index, (shape, dtype) in enumerate(ctx.operands):
             if grads[index] is not None:
                 grads[index] = grads[index].sum_to_size(shape).to(dtype)
@@ -603,7 +608,7 @@ def _multiply_gradient(
 ) -> list[Optional[torch.Tensor]]:
     """FP8 gradients of the operands; None where one is not asked for or has to be had otherwise.
 
-    The gradient's row-wise copy meets `b`, its column-wise copy `a`: only those are made.
+    The gradient's row-wise copy meets `b`, its column-wise copy `a`.
     """
     left, right = None if a is None else _Factor.of(a), None if b is None else _Factor.of(b)
     left_codes = None if left is None else left.mT.read(is_left=True)
@@ -639,29 +644,48 @@ def _make_gradient_quantizer(
     fmt: str, device: torch.device, *, rowwise: bool, columnwise: bool
 ) -> object:
     """As TE's recipes quantize gradients by default: E5M2 per tensor, E4M3 in MXFP8 blocks."""
-    usage = {"rowwise": rowwise, "columnwise": columnwise}
     if fmt == "mxfp8":
-        quantizer = MXFP8Quantizer(DType.kFloat8E4M3, **usage)
+        quantizer = MXFP8Quantizer(DType.kFloat8E4M3, rowwise=rowwise, columnwise=columnwise)
     else:
-        quantizer = Float8CurrentScalingQuantizer(DType.kFloat8E5M2, device=device, **usage)
+        # TE transposes the row-wise copy: there is none without it.
+        quantizer = Float8CurrentScalingQuantizer(
+            DType.kFloat8E5M2, device=device, rowwise=True, columnwise=columnwise
+        )
     quantizer.internal = True
     return quantizer
 
 
-def _read_values(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The elements of a saved operand in high precision, with a gradient where one is recorded."""
-    emulation = current_emulation()
-    factor = _Factor.of(x)
-    if emulation.enabled and factor is not None and isinstance(factor.source, MXFP8TensorStorage):
-        # TE decodes MXFP8 on devices that have it only.
-        codes = factor.read(is_left=not factor.transposed)
-        codes = codes or factor.read(is_left=factor.transposed)
-        values = decode_mxfp8(
-            codes.data,
-            codes.scale_inv,
-            TORCH_DTYPES[codes.dtype],
-            columnwise=codes.columnwise,
-            swizzled=codes.swizzled,
-        )
-        return (values.mT if factor.transposed else values).to(dtype)
-    return _decode(x).to(dtype)
+class _Decoding(torch.autograd.Function):
+    """A quantized tensor or a view of one as a plain tensor; gradients pass in high precision, as in TE."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx, x: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.dtype = x.dtype
+        factor = _Factor.of(x)
+        is_foreign = factor is not None and _find_format(factor.source) == "mxfp8"
+        if is_foreign and current_emulation().enabled:
+            # TE's kernel decodes MXFP8 on devices that have it only.
+            return _decode_mxfp8(factor, dtype)
+        if isinstance(x, TransposedView):
+            # Of a settled view, no result may be written to its memory.
+            return x.read_value(settle=False).to(dtype, copy=x.read_source() is None)
+        return x.dequantize(dtype=dtype)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> tuple:
+        return grad.to(ctx.dtype), None
+
+
+def _decode_mxfp8(factor: _Factor, dtype: torch.dtype) -> torch.Tensor:
+    """The row-wise copy's numbers, as TE decodes, or the only copy's."""
+    codes = factor.read(is_left=not factor.transposed) or factor.read(is_left=factor.transposed)
+    values = decode_mxfp8(
+        codes.data,
+        codes.scale_inv,
+        TORCH_DTYPES[codes.dtype],
+        columnwise=codes.columnwise,
+        swizzled=codes.swizzled,
+    )
+    return (values.mT if factor.transposed else values).to(dtype)

@@ -8,6 +8,7 @@ autograd.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple, Optional
 
 import torch
@@ -23,6 +24,7 @@ from .te_interop import (
     Quantizer,
     copy_quantizer,
     current_scaling_options,
+    has_square_blocks,
     is_delayed_quantizer,
     is_quantized,
     logical_shape,
@@ -115,15 +117,8 @@ def _quantize_stored(
     x: torch.Tensor, quantizer: Quantizer, name: str, rowwise: bool, columnwise: bool
 ) -> tuple[Optional[Copy], Optional[Copy]]:
     fmt = quantizer_format(quantizer)
-    device = describe_device(x.device)
-    is_native = find_native_quantizer(fmt, device).engine == "te"
-    if (
-        fmt == "float8"
-        and is_native
-        and not supports_non_tn(fmt, device)
-        and not current_emulation().force_reference
-        and x.numel() > 0
-    ):
+    is_native, is_fused = _find_kernels(fmt, x.device)
+    if is_fused and x.numel() > 0 and not current_emulation().force_reference:
         return _quantize_fused(x, quantizer, rowwise, columnwise)
     if fmt == "mxfp8":
         padding = [
@@ -134,12 +129,23 @@ def _quantize_stored(
         ]
         if any(padding):
             x = torch.nn.functional.pad(x, padding)
-    # TE's per-tensor kernels make no column-wise copy without the row-wise one.
-    with_rowwise = rowwise or (fmt == "float8" and is_native)
+    # TE's kernels for one scale per tensor and per 128 x 128 block make no column-wise copy alone.
+    with_rowwise = rowwise or (is_native and (fmt == "float8" or has_square_blocks(quantizer)))
     quantized = quantize(x, copy_quantizer(quantizer, with_rowwise, columnwise))
     by_last = Copy(read_codes(quantized, name, True, _anywhere), False) if rowwise else None
     by_rows = Copy(read_codes(quantized, name, False, _anywhere), False) if columnwise else None
     return by_last, by_rows
+
+
+@lru_cache(maxsize=None)
+def _find_kernels(fmt: str, device: torch.device) -> tuple[bool, bool]:
+    """Whether TE quantizes to the format on the device, and whether our fused kernel does.
+
+    The fused kernel is for devices where FP8 wants a transposed copy; elsewhere one copy serves both ways.
+    """
+    info = describe_device(device)
+    is_native = find_native_quantizer(fmt, info).engine == "te"
+    return is_native, is_native and fmt == "float8" and not supports_non_tn(fmt, info)
 
 
 def _quantize_fused(

@@ -82,7 +82,7 @@ def find_native_engine(fmt: str, device: Device) -> Answer:
         return Answer(
             None,
             "cuBLASLt runs 128-block scales for single matrices only (strided batches: NOT_SUPPORTED), "
-            "and this package has no engine of its own for them yet",
+            "and this package has no engine for them yet",
         )
     if not device.is_cuda:
         return Answer(None, "FP8 tensor cores need a CUDA device")
@@ -103,15 +103,18 @@ def find_engine(fmt: str, device: Device, *, emulate: bool, force_reference: boo
     """The engine for a product, or an `UnsupportedError` with the reason and the way out.
 
     With `emulate`, a format that the device lacks runs with exact arithmetic: on the reference engine,
-    or, for MXFP8 on a CUDA device, as a BF16 product of the decoded operands ("decoded"). With
-    `force_reference` everything runs on the reference engine.
+    or, for MXFP8 on a CUDA device and for Float8 128-blocks everywhere, as a product of the decoded
+    operands in BF16 or FP32 ("decoded"). With `force_reference` everything runs on the reference engine,
+    decoded operands, too.
     """
-    if emulate and force_reference and fmt not in ("float8_block", "nvfp4"):
+    if emulate and fmt == "float8_block":
+        return "decoded"
+    if emulate and force_reference and fmt != "nvfp4":
         return "reference"
     answer = find_native_engine(fmt, device)
     if answer.engine is not None:
         return answer.engine
-    if fmt in ("float8_block", "nvfp4"):
+    if fmt == "nvfp4":
         raise UnsupportedError(
             f"a batched product of {FORMAT_TITLES[fmt]} operands was asked for: {answer.reason}. "
             "Quantize with Float8CurrentScalingQuantizer or MXFP8Quantizer instead."
@@ -130,6 +133,7 @@ def find_native_quantizer(fmt: str, device: Device) -> Answer:
 
     TE's MXFP8 kernel is compiled for compute capability 10.0 and does nothing below it: it returns
     uninitialised memory without an error (measured on an H200 with TE 2.20.2), so it is not called there.
+    128-blocks are TE's own on Hopper; on Blackwell TE turns them into MXFP8 in its products.
     """
     if not device.is_cuda:
         return Answer(None, "TE's quantization kernels need a CUDA device")
@@ -140,6 +144,10 @@ def find_native_quantizer(fmt: str, device: Device) -> Answer:
     if fmt == "mxfp8":
         if device.capability < (10, 0):
             return Answer(None, "TE quantizes to MXFP8 on compute capability 10.0 or higher")
+        return Answer("te")
+    if fmt == "float8_block":
+        if device.capability != (9, 0):
+            return Answer(None, "TE keeps Float8 128-blocks on compute capability 9.0 only")
         return Answer("te")
     return Answer(None, f"{FORMAT_TITLES[fmt]} operands have no batched product here yet")
 
@@ -255,7 +263,7 @@ def describe_support(fmt: str, device: Device) -> tuple[str, str]:
     answer = find_native_engine(fmt, device)
     if answer.engine is not None:
         return answer.engine, ""
-    if fmt in ("float8_block", "nvfp4"):
+    if fmt == "nvfp4":
         return "-", answer.reason
     return "emulate() only", answer.reason
 

@@ -73,13 +73,15 @@ class Codes(NamedTuple):
     data : torch.Tensor
         The elements; uint8 for FP8.
     scale_inv : torch.Tensor, optional
-        FP32 ``[1]``, or the E8M0 buffer of an MXFP8 tensor.
+        FP32 ``[1]``, the E8M0 buffer of an MXFP8 tensor, or the FP32 buffer of a 128-block tensor.
     moved_last_dim : bool
         Whether `data` is TE's transposed copy ``[last, *leading]`` of a tensor ``[*leading, last]``.
     swizzled : bool
         Whether MXFP8 scales are already in 128x4 tiles (over the flattened matrix).
     columnwise : bool
         Whether MXFP8 blocks run along the rows.
+    square : bool
+        Whether 128-block scales are of 128 x 128 elements, not of 1 x 128.
     """
 
     fmt: str
@@ -89,6 +91,7 @@ class Codes(NamedTuple):
     moved_last_dim: bool = False
     swizzled: bool = False
     columnwise: bool = False
+    square: bool = False
 
 
 def is_quantized(x: object) -> bool:
@@ -108,7 +111,7 @@ def quantizer_format(quantizer: Quantizer) -> str:
             return fmt
     raise UnsupportedError(
         f"quantizer of type {type(quantizer).__name__}: batched products take tensors of "
-        "Float8Quantizer, Float8CurrentScalingQuantizer and MXFP8Quantizer"
+        "Float8Quantizer, Float8CurrentScalingQuantizer, MXFP8Quantizer and Float8BlockQuantizer"
     )
 
 
@@ -143,9 +146,9 @@ def read_codes(
     if isinstance(x, MXFP8TensorStorage):
         return _read_mxfp8(x, name, last_dim)
     if isinstance(x, Float8BlockwiseQTensorStorage):
-        # The caller's support table says why there is no engine; the buffers are not read.
-        return Codes("float8_block", _FP8_DTYPES[int(x._fp8_dtype)], _any_buffer(x))
+        return _read_blockwise(x, name, last_dim, allow_strided)
     if isinstance(x, NVFP4TensorStorage):
+        # The caller's support table says why there is no engine; the buffers are not read.
         return Codes("nvfp4", "e2m1", _any_buffer(x))
     if isinstance(x, QuantizedTensorStorage):
         raise UnsupportedError(
@@ -197,6 +200,27 @@ def _read_mxfp8(x: MXFP8TensorStorage, name: str, last_dim: bool) -> Codes:
         swizzled=bool(x._with_gemm_swizzled_scales),
         columnwise=not last_dim,
     )
+
+
+def _read_blockwise(
+    x: Float8BlockwiseQTensorStorage,
+    name: str,
+    last_dim: bool,
+    allow_strided: Callable[[torch.device], bool],
+) -> Codes:
+    dtype, square = _FP8_DTYPES[int(x._fp8_dtype)], bool(x._is_2D_scaled)
+    copies = (
+        (x._rowwise_data, x._rowwise_scale_inv, False),
+        (x._columnwise_data, x._columnwise_scale_inv, True),
+    )
+    for data, scale_inv, moved in copies if last_dim else reversed(copies):
+        if data is None or scale_inv is None:
+            continue
+        # The two copies hold the same numbers only if blocks are square.
+        if moved == last_dim and not (square and allow_strided(data.device)):
+            continue
+        return Codes("float8_block", dtype, data, scale_inv, moved, square=square)
+    raise _missing_copy(x, name, last_dim)
 
 
 def _missing_copy(x: QuantizedTensorStorage, name: str, last_dim: bool) -> ValueError:
@@ -268,6 +292,11 @@ def copy_quantizer(quantizer: Quantizer, rowwise: bool, columnwise: bool) -> Qua
     result.set_usage(rowwise=rowwise, columnwise=columnwise)
     result.internal = True
     return result
+
+
+def has_square_blocks(quantizer: Quantizer) -> bool:
+    """Whether scales are of 128 x 128 elements."""
+    return isinstance(quantizer, Float8BlockQuantizer) and quantizer.block_scaling_dim == 2
 
 
 def current_scaling_options(quantizer: Float8CurrentScalingQuantizer) -> dict[str, object]:
@@ -390,9 +419,16 @@ def recipe_states_on(device: torch.device) -> Iterator[None]:
 
 
 def make_gradient_quantizer(fmt: str, device: torch.device) -> Quantizer:
-    """The quantizer for gradients of operands that came quantized: E5M2 and current scaling, or MXFP8."""
+    """The quantizer for gradients of operands that came quantized, as TE's recipes make it by default.
+
+    E5M2 and current scaling for one scale per tensor; E4M3 for MXFP8 and for 128-blocks, those of 1 x 128.
+    """
     if fmt == "mxfp8":
         return MXFP8Quantizer(DType.kFloat8E4M3)
+    if fmt == "float8_block":
+        return Float8BlockQuantizer(
+            DType.kFloat8E4M3, rowwise=True, columnwise=True, block_scaling_dim=1
+        )
     return Float8CurrentScalingQuantizer(DType.kFloat8E5M2, device=device)
 
 

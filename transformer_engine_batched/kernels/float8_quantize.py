@@ -2,7 +2,7 @@
 """Per-tensor FP8 quantization: one read of a matrix batch writes its codes, their transpose, or both.
 
 Inputs are CUDA tensors (CPU tensors where Triton interprets), outputs are plain tensors of codes.
-Must not import Transformer Engine or a sibling package.
+Must not import Transformer Engine or a sibling package of `kernels`.
 
 The bytes are those of TE 2.20.2's kernels, whose rules are written down in
 `reference/quantizers.py`: FP32 arithmetic, one rounding per operation, saturating round to nearest
@@ -19,31 +19,35 @@ import torch
 import triton
 import triton.language as tl
 
+from .launcher import Launcher
+
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FORMATS = ("e4m3", "e5m2")
 # What may be on the CPU: there Triton runs only where TRITON_INTERPRET was set before its import.
 _IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 # How the tile is turned for the transposed copy.
-PLAIN = tl.constexpr(0)  # bytes go through shared memory one by one
-PERMUTED = tl.constexpr(1)  # rows in an order that keeps 4 neighbours in one thread
-PACKED = tl.constexpr(2)  # 4 loads of interleaved rows, 4 codes packed into a word
+PLAIN = tl.constexpr(0)  # one load, single bytes
+JOINED = tl.constexpr(1)  # 4 loads of interleaved rows, whose codes one thread holds
+PACKED = tl.constexpr(2)  # the same loads, 4 codes packed into a word by hand
 
 
 class Tile(NamedTuple):
-    """Elements that one program handles, its warps, and how it turns them."""
+    """Elements that one program handles, its warps, how it turns them, and whether what it has read
+    may leave the caches first."""
 
     rows: int
     cols: int
     num_warps: int
     variant: int = 0
+    evicts_first: bool = False
 
 
 # By what is written. From `benchmarks/quantize_kernels.py`.
 TILES = {
     "rowwise": Tile(32, 256, 4),
-    "transposed": Tile(128, 64, 4, PERMUTED.value),
-    "both": Tile(128, 64, 4, PERMUTED.value),
+    "transposed": Tile(128, 64, 4, JOINED.value),
+    "both": Tile(128, 64, 4, JOINED.value),
     "amax": Tile(64, 256, 8),
 }
 
@@ -306,9 +310,7 @@ def _tile_plan(
     rows, cols = plan.num_rows, plan.num_cols
     if may_fold and (num_items == 1 or batch_stride == rows * row_stride):
         rows, num_items, batch_stride = num_items * rows, 1, 0
-    padded_rows, padded_cols = (
-        -(-size // plan.multiple) * plan.multiple for size in (rows, cols)
-    )
+    padded_rows, padded_cols = (-(-size // plan.multiple) * plan.multiple for size in (rows, cols))
     # What one dim does not need goes to the other.
     tile = plan.tile
     most_rows, most_cols = (triton.next_power_of_2(size) for size in (padded_rows, padded_cols))
@@ -327,9 +329,7 @@ def _tile_plan(
     )
 
 
-def _read_strides(
-    shape: tuple[int, ...], strides: tuple[int, ...]
-) -> Optional[tuple[int, int]]:
+def _read_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> Optional[tuple[int, int]]:
     """Row stride and the one batch stride of a tensor that is not empty; None if there is no such."""
     if shape[-1] != 1 and strides[-1] != 1:
         return None
@@ -350,19 +350,12 @@ def _find_amax(x: torch.Tensor, plan: Plan) -> torch.Tensor:
     """float32 ``[1]``: the largest magnitude of `x`, NaNs passed over."""
     amax = torch.zeros(1, dtype=torch.float32, device=x.device)
     tile = plan.tile
-    with torch.cuda.device_of(x):
-        _amax_kernel[(plan.num_programs,)](
-            x,
-            amax,
-            plan.num_rows,
-            plan.num_cols,
-            plan.row_stride,
-            plan.batch_stride,
-            plan.is_even,
-            tile.rows,
-            tile.cols,
-            num_warps=tile.num_warps,
-        )
+    arguments = (
+        x, amax, plan.num_rows, plan.num_cols, plan.row_stride, plan.batch_stride, plan.is_even,
+        tile.rows, tile.cols,
+    )  # fmt: skip
+    key = (plan, x.dtype, x.data_ptr() % 16, x.get_device())
+    _launch_amax(plan.num_programs, arguments, key, tile.num_warps)
     return amax
 
 
@@ -389,28 +382,16 @@ def _cast(
         return codes, transposed_codes, inverse
     scale_inv = torch.empty(1, dtype=torch.float32, device=device)
     tile = plan.tile
-    with torch.cuda.device_of(x):
-        _cast_kernel[(plan.num_programs,)](
-            x,
-            codes,
-            transposed_codes,
-            scale,
-            amax,
-            scale_inv,
-            plan.num_rows,
-            plan.num_cols,
-            plan.row_stride,
-            plan.batch_stride,
-            amax_epsilon,
-            force_pow_2_scales,
-            fp8_dtype == "e5m2",
-            plan.is_even,
-            plan.multiple,
-            tile.rows,
-            tile.cols,
-            tile.variant,
-            num_warps=tile.num_warps,
-        )
+    is_e5m2 = fp8_dtype == "e5m2"
+    arguments = (
+        x, codes, transposed_codes, scale, amax, scale_inv, plan.num_rows, plan.num_cols,
+        plan.row_stride, plan.batch_stride, amax_epsilon, force_pow_2_scales, is_e5m2, plan.is_even,
+        plan.multiple, tile.rows, tile.cols, tile.variant, tile.evicts_first,
+    )  # fmt: skip
+    key = (
+        plan, x.dtype, x.data_ptr() % 16, x.get_device(), scale is None, force_pow_2_scales, is_e5m2
+    )  # fmt: skip
+    _launch_cast(plan.num_programs, arguments, key, tile.num_warps)
     return codes, transposed_codes, scale_inv
 
 
@@ -445,27 +426,35 @@ def _locate_tile(
 
 
 @triton.jit
-def _load(x_ptr, rows, cols, num_rows, num_cols, row_stride, EVEN: tl.constexpr):
+def _load(
+    x_ptr,
+    rows,
+    cols,
+    num_rows,
+    num_cols,
+    row_stride,
+    EVEN: tl.constexpr,
+    EVICTION: tl.constexpr,
+):
     """One tile; zeros beyond the matrix."""
     pointers = x_ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
     if EVEN:
-        return tl.load(pointers)
+        return tl.load(pointers, eviction_policy=EVICTION)
     mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-    return tl.load(pointers, mask=mask, other=0.0)
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICTION)
 
 
 @triton.jit
-def _raise_amax(amax_ptr, amax):
+def _raise_amax(amax_ptr, known_amax, amax):
     """``*amax_ptr = max(*amax_ptr, amax)`` on the bits, as TE's atomicMaxFloat.
 
-    They order floats that are not negative, and a NaN that is there is larger than all. The value
-    read first may be old, which costs an atomic that changes nothing; without it every program would
-    queue for one address.
+    They order floats that are not negative, and a NaN that is there is larger than all. `known_amax`
+    was read when the program began; it spares most programs the queue for one address.
     """
-    bits_ptr = amax_ptr.to(tl.pointer_type(tl.int32))
     # From zero, because the maximum of nothing but NaN is NaN.
     bits = tl.maximum(amax, 0.0).to(tl.int32, bitcast=True)
-    tl.atomic_max(bits_ptr, bits, mask=bits > tl.load(bits_ptr), sem="relaxed")
+    is_larger = bits > known_amax.to(tl.int32, bitcast=True)
+    tl.atomic_max(amax_ptr.to(tl.pointer_type(tl.int32)), bits, mask=is_larger, sem="relaxed")
 
 
 @triton.jit
@@ -489,18 +478,29 @@ def _encode(values, scale, E5M2: tl.constexpr):
 
 
 @triton.jit
-def _store(
-    ptr, codes, rows, cols, num_rows, num_cols, padded_rows, padded_cols, EVEN: tl.constexpr
-):
-    """One tile of codes, zeros between the matrix and its padded size."""
-    pointers = ptr + rows.to(tl.int64)[:, None] * padded_cols + cols[None, :]
+def _store(ptr, codes, rows, cols, num_rows, num_cols, EVEN: tl.constexpr):
+    """One tile of a contiguous matrix, as far as it reaches."""
+    pointers = ptr + rows.to(tl.int64)[:, None] * num_cols + cols[None, :]
     if EVEN:
         tl.store(pointers, codes)
     else:
-        # The product of a zero and the scale need not be +0.
-        is_inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-        mask = (rows < padded_rows)[:, None] & (cols < padded_cols)[None, :]
-        tl.store(pointers, tl.where(is_inside, codes, 0).to(codes.dtype), mask=mask)
+        tl.store(pointers, codes, mask=(rows < num_rows)[:, None] & (cols < num_cols)[None, :])
+
+
+@triton.jit
+def _cast_rows(
+    x, scale, codes_ptr, rows, cols, sizes, padded_sizes, E5M2: tl.constexpr, EVEN: tl.constexpr
+):
+    """Codes of loaded rows, stored if there is a row-wise copy, and the magnitudes."""
+    x = x.to(tl.float32)
+    codes = _encode(x, scale, E5M2)
+    if not EVEN:
+        # The product of a padding zero and the scale need not be +0.
+        is_inside = (rows < sizes[0])[:, None] & (cols < sizes[1])[None, :]
+        codes = tl.where(is_inside, codes, 0).to(tl.uint8)
+    if codes_ptr is not None:
+        _store(codes_ptr, codes, rows, cols, padded_sizes[0], padded_sizes[1], EVEN)
+    return codes, tl.abs(x)
 
 
 # The scalars of a recipe lie side by side in one tensor, so their alignment says nothing.
@@ -521,8 +521,8 @@ def _amax_kernel(
     )
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     cols = first_col + tl.arange(0, BLOCK_COLS)
-    x = _load(x_ptr + item * batch_stride, rows, cols, num_rows, num_cols, row_stride, EVEN)
-    _raise_amax(amax_ptr, tl.max(tl.abs(x.to(tl.float32))))
+    x = _load(x_ptr + item * batch_stride, rows, cols, num_rows, num_cols, row_stride, EVEN, "")
+    _raise_amax(amax_ptr, tl.load(amax_ptr), tl.max(tl.abs(x.to(tl.float32))))
 
 
 @triton.jit(do_not_specialize_on_alignment=["scale_ptr", "amax_ptr", "scale_inv_ptr"])
@@ -545,8 +545,10 @@ def _cast_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     VARIANT: tl.constexpr,
+    EVICT_FIRST: tl.constexpr,
 ):
     """A program casts one tile. Without `scale_ptr` the scale comes from the amax, which is only read."""
+    EVICTION: tl.constexpr = "evict_first" if EVICT_FIRST else ""
     FP8_MAX: tl.constexpr = 57344.0 if E5M2 else 448.0
     program = tl.program_id(0)
     if scale_ptr is None:
@@ -557,71 +559,62 @@ def _cast_kernel(
     )
     padded_rows = tl.cdiv(num_rows, MULTIPLE).to(tl.int64) * MULTIPLE
     padded_cols = tl.cdiv(num_cols, MULTIPLE).to(tl.int64) * MULTIPLE
+    sizes, padded_sizes = (num_rows, num_cols), (padded_rows, padded_cols)
     x_ptr += item * batch_stride
-    item_offset = item * padded_rows * padded_cols
     cols = first_col + tl.arange(0, BLOCK_COLS)
-    index = tl.arange(0, BLOCK_ROWS)
-    if VARIANT == PERMUTED and transposed_ptr is not None:
-        # A thread holds rows that are BLOCK_ROWS / 4 apart in this order: neighbours in memory.
-        rows = first_row + index % (BLOCK_ROWS // 4) * 4 + index // (BLOCK_ROWS // 4)
+    if VARIANT == PLAIN or transposed_ptr is None:
+        rows = first_row + tl.arange(0, BLOCK_ROWS)
+        x = _load(x_ptr, rows, cols, num_rows, num_cols, row_stride, EVEN, EVICTION)
     else:
-        rows = first_row + index
-    if VARIANT == PACKED and transposed_ptr is not None:
-        rows_0 = first_row + tl.arange(0, BLOCK_ROWS // 4) * 4
-        x_0 = _load(x_ptr, rows_0, cols, num_rows, num_cols, row_stride, EVEN).to(tl.float32)
-        x_1 = _load(x_ptr, rows_0 + 1, cols, num_rows, num_cols, row_stride, EVEN).to(tl.float32)
-        x_2 = _load(x_ptr, rows_0 + 2, cols, num_rows, num_cols, row_stride, EVEN).to(tl.float32)
-        x_3 = _load(x_ptr, rows_0 + 3, cols, num_rows, num_cols, row_stride, EVEN).to(tl.float32)
-    else:
-        x = _load(x_ptr, rows, cols, num_rows, num_cols, row_stride, EVEN).to(tl.float32)
+        rows = first_row + tl.arange(0, BLOCK_ROWS // 4) * 4
+        x = _load(x_ptr, rows, cols, num_rows, num_cols, row_stride, EVEN, EVICTION)
+        x_1 = _load(x_ptr, rows + 1, cols, num_rows, num_cols, row_stride, EVEN, EVICTION)
+        x_2 = _load(x_ptr, rows + 2, cols, num_rows, num_cols, row_stride, EVEN, EVICTION)
+        x_3 = _load(x_ptr, rows + 3, cols, num_rows, num_cols, row_stride, EVEN, EVICTION)
 
     # After the loads, which then are under way while the scale is computed.
+    amax = tl.load(amax_ptr)
     if scale_ptr is None:
-        scale = _compute_scale(tl.load(amax_ptr), amax_epsilon, FP8_MAX, POWER_OF_2)
+        scale = _compute_scale(amax, amax_epsilon, FP8_MAX, POWER_OF_2)
     else:
         scale = tl.load(scale_ptr)
     scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
     tl.store(scale_inv_ptr, scale_inv, mask=program == 0)
 
-    if VARIANT == PACKED and transposed_ptr is not None:
-        codes_0 = _encode(x_0, scale, E5M2)
-        codes_1 = _encode(x_1, scale, E5M2)
-        codes_2 = _encode(x_2, scale, E5M2)
-        codes_3 = _encode(x_3, scale, E5M2)
-        if not EVEN:
-            is_col = (cols < num_cols)[None, :]
-            codes_0 = tl.where((rows_0 < num_rows)[:, None] & is_col, codes_0, 0).to(tl.uint8)
-            codes_1 = tl.where((rows_0 + 1 < num_rows)[:, None] & is_col, codes_1, 0).to(tl.uint8)
-            codes_2 = tl.where((rows_0 + 2 < num_rows)[:, None] & is_col, codes_2, 0).to(tl.uint8)
-            codes_3 = tl.where((rows_0 + 3 < num_rows)[:, None] & is_col, codes_3, 0).to(tl.uint8)
-        if codes_ptr is not None:
-            ptr = codes_ptr + item_offset
-            # The codes are masked already.
-            _store(ptr, codes_0, rows_0, cols, padded_rows, padded_cols, padded_rows, padded_cols, EVEN)
-            _store(ptr, codes_1, rows_0 + 1, cols, padded_rows, padded_cols, padded_rows, padded_cols, EVEN)
-            _store(ptr, codes_2, rows_0 + 2, cols, padded_rows, padded_cols, padded_rows, padded_cols, EVEN)
-            _store(ptr, codes_3, rows_0 + 3, cols, padded_rows, padded_cols, padded_rows, padded_cols, EVEN)
-        words = codes_0.to(tl.uint32) | (codes_1.to(tl.uint32) << 8)
-        words = words | (codes_2.to(tl.uint32) << 16) | (codes_3.to(tl.uint32) << 24)
-        word_ptr = (transposed_ptr + item_offset).to(tl.pointer_type(tl.uint32))
-        words_per_col = tl.cdiv(num_rows, MULTIPLE).to(tl.int64) * (MULTIPLE // 4)
-        word_rows = first_row // 4 + tl.arange(0, BLOCK_ROWS // 4)
-        _store(word_ptr, tl.trans(words), cols, word_rows, padded_cols, words_per_col, padded_cols, words_per_col, EVEN)
-        if scale_ptr is not None:
-            magnitudes = tl.maximum(
-                tl.maximum(tl.abs(x_0), tl.abs(x_1)), tl.maximum(tl.abs(x_2), tl.abs(x_3))
+    item_offset = item * padded_rows * padded_cols
+    if codes_ptr is not None:
+        codes_ptr += item_offset
+    codes, largest = _cast_rows(x, scale, codes_ptr, rows, cols, sizes, padded_sizes, E5M2, EVEN)
+    if transposed_ptr is not None:
+        transposed_ptr += item_offset
+        all_rows = first_row + tl.arange(0, BLOCK_ROWS)
+        if VARIANT == PLAIN:
+            _store(transposed_ptr, tl.trans(codes), cols, all_rows, padded_cols, padded_rows, EVEN)
+        else:
+            codes_1, largest_1 = _cast_rows(
+                x_1, scale, codes_ptr, rows + 1, cols, sizes, padded_sizes, E5M2, EVEN
             )
-            _raise_amax(amax_ptr, tl.max(magnitudes))
-    else:
-        codes = _encode(x, scale, E5M2)
-        if codes_ptr is not None:
-            _store(codes_ptr + item_offset, codes, rows, cols, num_rows, num_cols, padded_rows, padded_cols, EVEN)
-        if transposed_ptr is not None:
-            if VARIANT == PERMUTED:
-                turned = tl.reshape(codes, (4, BLOCK_ROWS // 4, BLOCK_COLS))
-                turned = tl.reshape(tl.permute(turned, (2, 1, 0)), (BLOCK_COLS, BLOCK_ROWS))
-                _store(transposed_ptr + item_offset, turned, cols, first_row + index, num_cols, num_rows, padded_cols, padded_rows, EVEN)
+            codes_2, largest_2 = _cast_rows(
+                x_2, scale, codes_ptr, rows + 2, cols, sizes, padded_sizes, E5M2, EVEN
+            )
+            codes_3, largest_3 = _cast_rows(
+                x_3, scale, codes_ptr, rows + 3, cols, sizes, padded_sizes, E5M2, EVEN
+            )
+            largest = tl.maximum(tl.maximum(largest, largest_1), tl.maximum(largest_2, largest_3))
+            if VARIANT == PACKED:
+                words = codes.to(tl.uint32) | (codes_1.to(tl.uint32) << 8)
+                words = words | (codes_2.to(tl.uint32) << 16) | (codes_3.to(tl.uint32) << 24)
+                word_ptr = transposed_ptr.to(tl.pointer_type(tl.uint32))
+                words_per_col = tl.cdiv(num_rows, MULTIPLE).to(tl.int64) * (MULTIPLE // 4)
+                word_rows = first_row // 4 + tl.arange(0, BLOCK_ROWS // 4)
+                _store(word_ptr, tl.trans(words), cols, word_rows, padded_cols, words_per_col, EVEN)
             else:
-                _store(transposed_ptr + item_offset, tl.trans(codes), cols, rows, num_cols, num_rows, padded_cols, padded_rows, EVEN)
-        if scale_ptr is not None:
-            _raise_amax(amax_ptr, tl.max(tl.abs(x)))
+                quads = tl.join(tl.join(codes, codes_2), tl.join(codes_1, codes_3))
+                turned = tl.reshape(tl.permute(quads, (1, 0, 2, 3)), (BLOCK_COLS, BLOCK_ROWS))
+                _store(transposed_ptr, turned, cols, all_rows, padded_cols, padded_rows, EVEN)
+    if scale_ptr is not None:
+        _raise_amax(amax_ptr, amax, tl.max(largest))
+
+
+_launch_amax = Launcher(_amax_kernel)
+_launch_cast = Launcher(_cast_kernel)

@@ -86,7 +86,7 @@ def quantize(
     tensor([[ 1.0000, -0.5000]])
     """
     fp8 = _check_quantizer(quantizer)
-    _check_input(x)
+    check_input(x)
     with torch.no_grad():
         if isinstance(quantizer, te.MXFP8Quantizer):
             return _quantize_mxfp8(x, quantizer, fp8)
@@ -118,7 +118,7 @@ def tensor_amax(x: torch.Tensor) -> torch.Tensor:
     >>> tensor_amax(torch.tensor([1.0, -3.0, float("nan")]))
     tensor([3.])
     """
-    return _magnitudes(x).flatten().amax(0, keepdim=True) if x.numel() else _scalar(x, 0.0)
+    return magnitudes_of(x).flatten().amax(0, keepdim=True) if x.numel() else _scalar(x, 0.0)
 
 
 def scale_from_amax(
@@ -127,11 +127,12 @@ def scale_from_amax(
     *,
     force_pow_2_scales: bool = False,
     amax_epsilon: float = 0.0,
+    largest: float = _FP32_MAX,
 ) -> torch.Tensor:
     """Scale of current scaling: ``scale = fp8_max / max(amax, amax_epsilon)``, rounded to nearest.
 
-    An amax of 0, infinity or NaN gives 1; a quotient beyond FP32 gives the largest finite FP32
-    value. `force_pow_2_scales` then drops the mantissa, rounding the scale down to a power of two.
+    An amax of 0, infinity or NaN gives 1; a quotient beyond FP32 gives `largest`.
+    `force_pow_2_scales` then drops the mantissa, rounding the scale down to a power of two.
 
     Parameters
     ----------
@@ -143,6 +144,8 @@ def scale_from_amax(
         Whether scales are powers of two.
     amax_epsilon : float, default = 0.0
         Lower bound of the amax, rounded to FP32.
+    largest : float, default = the largest finite FP32 value
+        Stands for a quotient beyond FP32.
 
     Returns
     -------
@@ -165,7 +168,7 @@ def scale_from_amax(
     # A tensor over a tensor: torch computes `number / tensor` as number * reciprocal, which rounds
     # twice.
     scale = torch.full_like(amax, fp8_codes.fp8_max(fp8)) / amax
-    scale = scale.masked_fill(scale.isinf(), _FP32_MAX)
+    scale = scale.masked_fill(scale.isinf(), largest)
     if force_pow_2_scales:
         scale = (scale.view(torch.int32) & _FP32_EXPONENT_MASK).view(torch.float32)
     return scale.masked_fill(amax.isinf() | amax.isnan() | (amax == 0), 1.0)
@@ -205,7 +208,7 @@ def mxfp8_block_scales(
     >>> mxfp8_block_scales(torch.full((1, 32), 448.0), torch.float8_e4m3fn)
     tensor([[127]], dtype=torch.uint8)
     """
-    magnitudes = _magnitudes(x)
+    magnitudes = magnitudes_of(x)
     rows, cols = x.shape
     if square:
         amax = magnitudes.view(rows // BLOCK_SIZE, BLOCK_SIZE, cols // BLOCK_SIZE, BLOCK_SIZE)
@@ -331,7 +334,7 @@ def _scale_buffer(
     return buffer
 
 
-def _magnitudes(x: torch.Tensor) -> torch.Tensor:
+def magnitudes_of(x: torch.Tensor) -> torch.Tensor:
     """float32 ``|x|``, contiguous, with 0 in place of NaN."""
     return x.float().abs().masked_fill(x.isnan(), 0.0).contiguous()
 
@@ -367,7 +370,8 @@ def _check_quantizer(quantizer: te.Quantizer) -> torch.dtype:
     return fp8
 
 
-def _check_input(x: torch.Tensor) -> None:
+def check_input(x: torch.Tensor) -> None:
+    """Refuses what no quantizer takes."""
     if not isinstance(x, torch.Tensor) or isinstance(x, te.QuantizedTensor):
         raise TypeError(
             f"a plain tensor was asked for and {type(x).__name__} came; "
