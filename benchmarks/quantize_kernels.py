@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tunes the FP8 quantization kernels: bandwidth of tiles and variants, beside TE's own quantizers.
+"""Tunes the FP8 quantization kernels: bandwidth of tiles, beside TE's own quantizers.
 
     python benchmarks/quantize_kernels.py --out quantize_kernels.json
 
@@ -33,7 +33,7 @@ import transformer_engine.pytorch as te
 from benchmarks import stored_results
 from benchmarks.timing import CudaClock, describe_error, interleave, time_host
 from transformer_engine_batched.kernels import float8_quantize
-from transformer_engine_batched.kernels.float8_quantize import JOINED, PACKED, PLAIN, Tile
+from transformer_engine_batched.kernels.float8_quantize import Tile
 from transformer_engine_batched.reference import codes as fp8_codes
 from transformer_engine_batched.reference import quantizers
 
@@ -52,16 +52,14 @@ FINALISTS = 4
 def list_tiles(name: str) -> list[Tile]:
     """Candidates of a layout."""
     if name in ("rowwise", "amax"):
-        sizes, variants = ((16, 256), (32, 256), (16, 512), (64, 128), (8, 1024), (64, 256)), (0,)
+        sizes = ((16, 256), (32, 256), (16, 512), (64, 128), (8, 1024), (64, 256))
     else:
         sizes = ((64, 64), (128, 32), (64, 128), (128, 64), (128, 128), (256, 64), (256, 32))
-        variants = (PLAIN.value, JOINED.value, PACKED.value)
     return [
-        Tile(rows, cols, num_warps, variant)
+        Tile(rows, cols, num_warps)
         for rows, cols in sizes
         for num_warps in WARPS
         if rows * cols // (32 * num_warps) in ELEMENTS_PER_THREAD[name]
-        for variant in variants
     ]
 
 
@@ -249,7 +247,7 @@ def main(arguments: list[str]) -> int:
             found = sweep(x, name, candidates, "e4m3")
             best = [Tile(*(row[key] for key in Tile._fields)) for row in found[:FINALISTS]]
             if name != "amax":
-                finalists = best + [tile._replace(evicts_first=True) for tile in best]
+                finalists = best
                 compile_together([make_call(x, name, tile, "e4m3") for tile in finalists])
                 found = sweep(x, name, finalists, "e4m3") + found[FINALISTS:]
             rows += found

@@ -17,9 +17,6 @@ from expected_codes import LAYOUTS, TORCH_FP8, assert_codes, special_values
 
 from transformer_engine_batched.kernels import float8_quantize
 from transformer_engine_batched.kernels.float8_quantize import (
-    JOINED,
-    PACKED,
-    PLAIN,
     Tile,
     can_quantize,
     quantize_float8,
@@ -29,7 +26,6 @@ from transformer_engine_batched.reference import codes as fp8_codes
 from transformer_engine_batched.reference import quantizers
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-VARIANTS = (PLAIN.value, JOINED.value, PACKED.value)
 
 
 class TestPlan:
@@ -78,7 +74,7 @@ class TestPlan:
         tile = float8_quantize.TILES[name]
         for value in (tile.rows, tile.cols, tile.num_warps):
             assert value & (value - 1) == 0
-        assert tile.rows >= 16 and tile.cols >= 16 and tile.variant in VARIANTS
+        assert tile.rows >= 16 and tile.cols >= 16
 
     @pytest.mark.parametrize(
         "arguments, error, match",
@@ -178,15 +174,13 @@ class TestCompiled:
             MULTIPLE=16,
             BLOCK_ROWS=tile.rows,
             BLOCK_COLS=tile.cols,
-            VARIANT=tile.variant,
-            EVICT_FIRST=tile.evicts_first,
         )
         ptx = kernel.asm["ptx"]
         # The instruction that the reference writes down; FP32 subnormals are not flushed.
         assert f"cvt.rn.satfinite.{'e5m2' if is_e5m2 else 'e4m3'}x2.f32" in ptx
         assert "div.rn.f32" in ptx and ".ftz" not in ptx
         # 16-byte accesses, also at a ragged edge that is a multiple of 16.
-        assert "ld.global.v4.b32" in ptx.replace(".L1::evict_first", "")
+        assert "ld.global.v4.b32" in ptx
         assert "st.global.v4.b32" in ptx
 
     def test_amax(self):
@@ -265,11 +259,11 @@ class TestInterpreted:
 
     @pytest.fixture
     def small_tiles(self, monkeypatch):
-        """Several programs in each direction; returns a function that sets the variant."""
+        """Several programs in each direction; returns a function that sets the tiles."""
 
-        def use(variant, rows=16, cols=32):
+        def use(rows=16, cols=32):
             for name in float8_quantize.TILES:
-                monkeypatch.setitem(float8_quantize.TILES, name, Tile(rows, cols, 4, variant))
+                monkeypatch.setitem(float8_quantize.TILES, name, Tile(rows, cols, 4))
             float8_quantize._make_plan.cache_clear()
             float8_quantize._make_amax_plan.cache_clear()
 
@@ -278,10 +272,9 @@ class TestInterpreted:
         float8_quantize._make_amax_plan.cache_clear()
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("variant", VARIANTS)
     @pytest.mark.parametrize("shape", ((2, 32, 64), (2, 3, 40, 72), (3, 19, 37), (1, 1), (16, 16)))
-    def test_delayed_layouts(self, small_tiles, variant, layout, shape):
-        small_tiles(variant)
+    def test_delayed_layouts(self, small_tiles, layout, shape):
+        small_tiles()
         x = torch.randn(shape).bfloat16()
         scale, amax = torch.tensor([37.5]), torch.tensor([0.25])
         rowwise, transposed = layout
@@ -300,13 +293,10 @@ class TestInterpreted:
         assert amax.item() == float("inf")
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("variant", VARIANTS)
     @pytest.mark.parametrize("multiple", (16, 32, 128))
     @pytest.mark.parametrize("scale", (-1.0, float("inf")))
-    def test_padding_is_zero_whatever_the_scale(
-        self, small_tiles, variant, layout, multiple, scale
-    ):
-        small_tiles(variant)
+    def test_padding_is_zero_whatever_the_scale(self, small_tiles, layout, multiple, scale):
+        small_tiles()
         x = torch.randn(2, 33, 50)
         scale, amax = torch.tensor([scale]), torch.zeros(1)
         rowwise, transposed = layout
@@ -316,7 +306,6 @@ class TestInterpreted:
         assert_codes(outputs, x, scale, "e5m2", layout, multiple)
 
     @pytest.mark.parametrize("layout", LAYOUTS)
-    @pytest.mark.parametrize("variant", VARIANTS)
     @pytest.mark.parametrize(
         "view",
         (
@@ -330,8 +319,8 @@ class TestInterpreted:
             lambda x: x.reshape(-1, 1)[:40],
         ),
     )
-    def test_views(self, small_tiles, variant, layout, view):
-        small_tiles(variant)
+    def test_views(self, small_tiles, layout, view):
+        small_tiles()
         x = view(torch.randn(3, 24, 64).half())
         assert can_quantize(x)
         scale, amax = torch.tensor([2.0]), torch.zeros(1)
@@ -353,7 +342,7 @@ class TestInterpreted:
                 assert can_quantize(view.contiguous())
 
     def test_amax_keeps_what_is_larger_and_its_neighbours(self, small_tiles):
-        small_tiles(PLAIN.value)
+        small_tiles()
         x = torch.randn(2, 32, 64)
         nan = float("nan")
         x[1, 3, 4] = nan

@@ -81,9 +81,13 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_bmm_options_with_gradients_or_recipes(name, emulated):
     options, data = {name: OPTIONS[name]()}, make_data(CASE)
-    with pytest.raises(teb.UnsupportedError, match=f"bmm with {name} of operands that require grad"):
+    with pytest.raises(
+        teb.UnsupportedError, match=f"bmm with {name} of operands that require grad"
+    ):
         teb.bmm(data.a, data.b, **options)
-    with pytest.raises(teb.UnsupportedError, match=f"bmm with {name} of operands that require grad"):
+    with pytest.raises(
+        teb.UnsupportedError, match=f"bmm with {name} of operands that require grad"
+    ):
         teb.bmm(data.a.detach(), data.b, **options)
     with quantized(Float8CurrentScaling()):
         with pytest.raises(teb.UnsupportedError, match=f"bmm with {name} under te.autocast"):
@@ -113,7 +117,9 @@ def test_bmm_out_dtype(recipe, out_dtype, emulated):
 @pytest.mark.parametrize("out_dtype", (torch.float64, torch.int8))
 def test_bmm_bad_out_dtype(out_dtype, emulated):
     data = make_data(CASE)
-    with pytest.raises(TypeError, match=f"out_dtype={out_dtype}: expected float32, float16 or bfloat16"):
+    with pytest.raises(
+        TypeError, match=f"out_dtype={out_dtype}: expected float32, float16 or bfloat16"
+    ):
         teb.bmm(data.a, data.b, out_dtype=out_dtype)
 
 
@@ -164,7 +170,9 @@ def test_contracted_sizes_that_padding_would_hide(recipe, size, emulated):
     """Both are padded to the same multiple of 16 or 32: the sizes differ all the same."""
     data = torch.ones(2, 16, size), torch.ones(2, size + 1, 16)
     with quantized(RECIPES[recipe]()):
-        with pytest.raises(ValueError, match=f"contracted sizes differ, {size} of a and {size + 1} of b"):
+        with pytest.raises(
+            ValueError, match=f"contracted sizes differ, {size} of a and {size + 1} of b"
+        ):
             te.BatchedMatmul()(*data)
 
 

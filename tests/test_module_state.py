@@ -132,7 +132,9 @@ def test_a_copy_is_one_of_its_own(make_copy, emulated):
     train(other, made, [BATCHES[0]])
     other.fp8_meta["scaling_fwd"].scale.fill_(5.0)
     assert torch.equal(delayed_state(module)["scale_fwd"], before["scale_fwd"])
-    for quantizer, scale in zip(other.quantizers["scaling_fwd"], other.fp8_meta["scaling_fwd"].scale):
+    for quantizer, scale in zip(
+        other.quantizers["scaling_fwd"], other.fp8_meta["scaling_fwd"].scale
+    ):
         assert quantizer.scale.item() == scale.item() == 5.0  # fmt: skip
 
 
@@ -226,7 +228,9 @@ def test_amax_history_length_changes(lengths, emulated):
     state = delayed_state(module)
     count = min(lengths[1] - 1, 5)  # rows behind the first, which is for the step to come
     seen = {
-        "fwd": [[data.a.detach().abs().max(), data.b.detach().abs().max(), 0.0] for data in BATCHES],
+        "fwd": [
+            [data.a.detach().abs().max(), data.b.detach().abs().max(), 0.0] for data in BATCHES
+        ],
         "bwd": [[data.grad_output.abs().max(), 0.0] for data in BATCHES],
     }
     for name, amaxes in seen.items():
@@ -278,7 +282,12 @@ def test_history_length_change_is_that_of_a_fresh_module(emulated):
 
 def test_recipe_changes_between_steps(emulated):
     module = te.BatchedMatmul()
-    for names in (("none", "delayed"), ("current", "mxfp8"), ("delayed", "none"), ("mxfp8", "delayed")):
+    for names in (
+        ("none", "delayed"),
+        ("current", "mxfp8"),
+        ("delayed", "none"),
+        ("mxfp8", "delayed"),
+    ):
         for name in names:
             data = make_data(CASE, seed=1)
             with warnings.catch_warnings():
@@ -325,7 +334,9 @@ def test_calibration(emulated):
     # What was recorded counts at the end of the first quantized region.
     run_step(module, make_data(CASE, seed=3), made)
     scale = delayed_state(module)["scale_fwd"]
-    assert (scale[:2] <= 448.0 / 2 / amaxes.new_tensor([x.detach().abs().max() for x in data[:2]])).all()
+    assert (
+        scale[:2] <= 448.0 / 2 / amaxes.new_tensor([x.detach().abs().max() for x in data[:2]])
+    ).all()
 
 
 def test_margin_and_algorithm_are_the_recipe_s(emulated):
@@ -346,7 +357,9 @@ def make_custom(seen):
 
     def qfactory(role):
         seen.append(role)
-        dtype = te.DType.kFloat8E5M2 if role.tensor_type.startswith("grad") else te.DType.kFloat8E4M3
+        dtype = (
+            te.DType.kFloat8E5M2 if role.tensor_type.startswith("grad") else te.DType.kFloat8E4M3
+        )
         return te.Float8CurrentScalingQuantizer(dtype, device=torch.device("cpu"))
 
     return CustomRecipe(qfactory=qfactory)
@@ -373,7 +386,9 @@ def test_boundary_roles_can_be_set(emulated):
     run_step(module, BATCHES[0], recipe)
     seen.clear()
     module.output_quantizer_role = role(module_type="linear", tensor_type="input", name="next")
-    module.grad_input_quantizer_role = role(module_type="linear", tensor_type="grad_output", name="back")
+    module.grad_input_quantizer_role = role(
+        module_type="linear", tensor_type="grad_output", name="back"
+    )
     assert module.get_quantizer_roles(fwd=True, num_quantizers=3)[2].name == "next"
     assert module.get_quantizer_roles(fwd=False, num_quantizers=2)[1].name == "back"
 
@@ -408,7 +423,9 @@ def test_scales_are_the_recipe_s_at_the_time(emulated):
 
 
 def test_repr_names_it():
-    assert "BatchedMatmul" in repr(te.BatchedMatmul(name="tri")) and "'tri'" in repr(te.BatchedMatmul("tri"))
+    assert "BatchedMatmul" in repr(te.BatchedMatmul(name="tri")) and "'tri'" in repr(
+        te.BatchedMatmul("tri")
+    )
     assert "BatchedMatmul" in repr(torch.nn.Sequential(te.BatchedMatmul()))
 
 

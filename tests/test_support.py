@@ -55,9 +55,7 @@ def test_formats_without_engine_are_refused_everywhere(emulate, force):
 def test_128_blocks_run_decoded_and_only_emulated():
     for device in (CPU, *GPUS):
         for force in (False, True):
-            found = support.find_engine(
-                "float8_block", device, emulate=True, force_reference=force
-            )
+            found = support.find_engine("float8_block", device, emulate=True, force_reference=force)
             assert found == "decoded"
         with pytest.raises(UnsupportedError, match="128-block scales for single.*emulate"):
             support.find_engine("float8_block", device, emulate=False)

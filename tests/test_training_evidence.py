@@ -26,15 +26,16 @@ from benchmarks import attention_error, goals, module_suite, run, stored_results
 from tools import render_docs
 
 SMALL = training.Settings(
-    num_steps=60,
-    num_warmup_steps=5,
+    num_steps=90,
+    num_warmup_steps=20,
+    batch=4,
     num_items=32,
-    channels=32,
+    channels=16,
     num_blocks=1,
     num_clusters=4,
-    edge_within=0.6,
+    edge_within=0.7,
     edge_between=0.05,
-    learning_rate=5e-3,
+    learning_rate=1e-2,
 )
 
 
@@ -50,7 +51,7 @@ def test_triangle_product_is_what_the_task_needs():
 
 @pytest.mark.parametrize("name", training.QUANTIZED)
 def test_emulated_recipes_follow_bf16(name):
-    settings = replace(SMALL, num_steps=15)
+    settings = replace(SMALL, num_steps=10)
     baseline = training.train("bf16", 0, settings, "cpu")
     losses = training.train(name, 0, settings, "cpu")
     # Other arithmetic, the same course.
@@ -252,7 +253,9 @@ def test_training_tables_and_plot(tmp_path):
 def test_two_processes_on_the_cpu():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "tests" / "distributed" / "run_distributed.py"), "--device", "cpu"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    # TE compiles its update of amaxes with torch.compile, which takes longer than all checks.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NVTE_TORCH_COMPILE": "0"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     assert done.returncode == 0 and "FAIL" not in done.stdout, done.stdout + done.stderr
     assert done.stdout.count("PASS") == 11, done.stdout

@@ -133,7 +133,9 @@ def make_data(
     The magnitudes are those of every seed, as the scales of delayed scaling want it.
     """
     operands = []
-    for index, (shape, view) in enumerate(((case.a_shape, case.view_a), (case.b_shape, case.view_b))):
+    for index, (shape, view) in enumerate(
+        ((case.a_shape, case.view_a), (case.b_shape, case.view_b))
+    ):
         stored = random_values(shape, 10 * seed + index)
         if len(shape) > 2:
             sizes = random_values(shape[:-2] + (1, 1), index).abs().clamp(max=2) + 0.5
@@ -279,7 +281,9 @@ class SavedTensors:
     @property
     def num_bytes(self) -> int:
         """Of all storages that are kept alive, each counted once."""
-        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors}
+        storages = {
+            x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in self.tensors
+        }
         return sum(storages.values())
 
 

@@ -11,16 +11,12 @@ from transformer_engine.pytorch import Float8CurrentScalingQuantizer, Float8Quan
 
 from transformer_engine_batched.kernels import float8_quantize
 from transformer_engine_batched.kernels.float8_quantize import (
-    JOINED,
-    PACKED,
-    PLAIN,
     Tile,
     quantize_float8,
     quantize_float8_current,
 )
 from transformer_engine_batched.reference import quantizers
 
-VARIANTS = (PLAIN.value, JOINED.value, PACKED.value)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -76,14 +72,13 @@ def filled_memory():
 
 @pytest.mark.usefixtures("filled_memory")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", ((3, 256, 512), (2, 389, 389), (2, 2, 40, 1000), (5, 1)))
-def test_layouts_variants_and_tiles(use_tile, layout, variant, shape):
+def test_layouts_and_tiles(use_tile, layout, shape):
     rowwise, transposed = layout
     for tile, dtype, multiple in (
-        (Tile(128, 64, 4, variant), torch.bfloat16, 16),
-        (Tile(64, 128, 8, variant, evicts_first=True), torch.float32, 128),
-        (Tile(16, 32, 1, variant), torch.float16, 16),
+        (Tile(128, 64, 4), torch.bfloat16, 16),
+        (Tile(64, 128, 8), torch.float32, 128),
+        (Tile(16, 32, 1), torch.float16, 16),
     ):
         use_tile(tile)
         x = torch.randn(shape, device="cuda").to(dtype)

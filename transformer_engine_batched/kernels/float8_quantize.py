@@ -26,28 +26,20 @@ _FORMATS = ("e4m3", "e5m2")
 # What may be on the CPU: there Triton runs only where TRITON_INTERPRET was set before its import.
 _IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
-# How the tile is turned for the transposed copy.
-PLAIN = tl.constexpr(0)  # one load, single bytes
-JOINED = tl.constexpr(1)  # 4 loads of interleaved rows, whose codes one thread holds
-PACKED = tl.constexpr(2)  # the same loads, 4 codes packed into a word by hand
-
 
 class Tile(NamedTuple):
-    """Elements that one program handles, its warps, how it turns them, and whether what it has read
-    may leave the caches first."""
+    """Elements that one program handles, and its warps."""
 
     rows: int
     cols: int
     num_warps: int
-    variant: int = 0
-    evicts_first: bool = False
 
 
-# By what is written. From `benchmarks/quantize_kernels.py`.
+# By what is written. The fastest of a sweep on an H200, `benchmarks/quantize_kernels.py`.
 TILES = {
-    "rowwise": Tile(32, 256, 4),
-    "transposed": Tile(128, 64, 4, JOINED.value),
-    "both": Tile(128, 64, 4, JOINED.value),
+    "rowwise": Tile(16, 512, 4),
+    "transposed": Tile(128, 64, 4),
+    "both": Tile(64, 64, 4),
     "amax": Tile(64, 256, 8),
 }
 
@@ -386,7 +378,7 @@ def _cast(
     arguments = (
         x, codes, transposed_codes, scale, amax, scale_inv, plan.num_rows, plan.num_cols,
         plan.row_stride, plan.batch_stride, amax_epsilon, force_pow_2_scales, is_e5m2, plan.is_even,
-        plan.multiple, tile.rows, tile.cols, tile.variant, tile.evicts_first,
+        plan.multiple, tile.rows, tile.cols,
     )  # fmt: skip
     key = (
         plan, x.dtype, x.data_ptr() % 16, x.get_device(), scale is None, force_pow_2_scales, is_e5m2
@@ -434,14 +426,13 @@ def _load(
     num_cols,
     row_stride,
     EVEN: tl.constexpr,
-    EVICTION: tl.constexpr,
 ):
     """One tile; zeros beyond the matrix."""
     pointers = x_ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
     if EVEN:
-        return tl.load(pointers, eviction_policy=EVICTION)
+        return tl.load(pointers)
     mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICTION)
+    return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -487,22 +478,6 @@ def _store(ptr, codes, rows, cols, num_rows, num_cols, EVEN: tl.constexpr):
         tl.store(pointers, codes, mask=(rows < num_rows)[:, None] & (cols < num_cols)[None, :])
 
 
-@triton.jit
-def _cast_rows(
-    x, scale, codes_ptr, rows, cols, sizes, padded_sizes, E5M2: tl.constexpr, EVEN: tl.constexpr
-):
-    """Codes of loaded rows, stored if there is a row-wise copy, and the magnitudes."""
-    x = x.to(tl.float32)
-    codes = _encode(x, scale, E5M2)
-    if not EVEN:
-        # The product of a padding zero and the scale need not be +0.
-        is_inside = (rows < sizes[0])[:, None] & (cols < sizes[1])[None, :]
-        codes = tl.where(is_inside, codes, 0).to(tl.uint8)
-    if codes_ptr is not None:
-        _store(codes_ptr, codes, rows, cols, padded_sizes[0], padded_sizes[1], EVEN)
-    return codes, tl.abs(x)
-
-
 # The scalars of a recipe lie side by side in one tensor, so their alignment says nothing.
 @triton.jit(do_not_specialize_on_alignment=["amax_ptr"])
 def _amax_kernel(
@@ -521,7 +496,7 @@ def _amax_kernel(
     )
     rows = first_row + tl.arange(0, BLOCK_ROWS)
     cols = first_col + tl.arange(0, BLOCK_COLS)
-    x = _load(x_ptr + item * batch_stride, rows, cols, num_rows, num_cols, row_stride, EVEN, "")
+    x = _load(x_ptr + item * batch_stride, rows, cols, num_rows, num_cols, row_stride, EVEN)
     _raise_amax(amax_ptr, tl.load(amax_ptr), tl.max(tl.abs(x.to(tl.float32))))
 
 
@@ -544,11 +519,8 @@ def _cast_kernel(
     MULTIPLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-    VARIANT: tl.constexpr,
-    EVICT_FIRST: tl.constexpr,
 ):
     """A program casts one tile. Without `scale_ptr` the scale comes from the amax, which is only read."""
-    EVICTION: tl.constexpr = "evict_first" if EVICT_FIRST else ""
     FP8_MAX: tl.constexpr = 57344.0 if E5M2 else 448.0
     program = tl.program_id(0)
     if scale_ptr is None:
@@ -559,20 +531,12 @@ def _cast_kernel(
     )
     padded_rows = tl.cdiv(num_rows, MULTIPLE).to(tl.int64) * MULTIPLE
     padded_cols = tl.cdiv(num_cols, MULTIPLE).to(tl.int64) * MULTIPLE
-    sizes, padded_sizes = (num_rows, num_cols), (padded_rows, padded_cols)
     x_ptr += item * batch_stride
     cols = first_col + tl.arange(0, BLOCK_COLS)
-    if VARIANT == PLAIN or transposed_ptr is None:
-        rows = first_row + tl.arange(0, BLOCK_ROWS)
-        x = _load(x_ptr, rows, cols, num_rows, num_cols, row_stride, EVEN, EVICTION)
-    else:
-        rows = first_row + tl.arange(0, BLOCK_ROWS // 4) * 4
-        x = _load(x_ptr, rows, cols, num_rows, num_cols, row_stride, EVEN, EVICTION)
-        x_1 = _load(x_ptr, rows + 1, cols, num_rows, num_cols, row_stride, EVEN, EVICTION)
-        x_2 = _load(x_ptr, rows + 2, cols, num_rows, num_cols, row_stride, EVEN, EVICTION)
-        x_3 = _load(x_ptr, rows + 3, cols, num_rows, num_cols, row_stride, EVEN, EVICTION)
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
+    x = _load(x_ptr, rows, cols, num_rows, num_cols, row_stride, EVEN)
 
-    # After the loads, which then are under way while the scale is computed.
+    # After the load, which then is under way while the scale is computed.
     amax = tl.load(amax_ptr)
     if scale_ptr is None:
         scale = _compute_scale(amax, amax_epsilon, FP8_MAX, POWER_OF_2)
@@ -581,39 +545,19 @@ def _cast_kernel(
     scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
     tl.store(scale_inv_ptr, scale_inv, mask=program == 0)
 
-    item_offset = item * padded_rows * padded_cols
+    x = x.to(tl.float32)
+    codes = _encode(x, scale, E5M2)
+    if not EVEN:
+        # The product of a padding zero and the scale need not be +0.
+        is_inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
+        codes = tl.where(is_inside, codes, 0).to(tl.uint8)
+    offset = item * padded_rows * padded_cols
     if codes_ptr is not None:
-        codes_ptr += item_offset
-    codes, largest = _cast_rows(x, scale, codes_ptr, rows, cols, sizes, padded_sizes, E5M2, EVEN)
+        _store(codes_ptr + offset, codes, rows, cols, padded_rows, padded_cols, EVEN)
     if transposed_ptr is not None:
-        transposed_ptr += item_offset
-        all_rows = first_row + tl.arange(0, BLOCK_ROWS)
-        if VARIANT == PLAIN:
-            _store(transposed_ptr, tl.trans(codes), cols, all_rows, padded_cols, padded_rows, EVEN)
-        else:
-            codes_1, largest_1 = _cast_rows(
-                x_1, scale, codes_ptr, rows + 1, cols, sizes, padded_sizes, E5M2, EVEN
-            )
-            codes_2, largest_2 = _cast_rows(
-                x_2, scale, codes_ptr, rows + 2, cols, sizes, padded_sizes, E5M2, EVEN
-            )
-            codes_3, largest_3 = _cast_rows(
-                x_3, scale, codes_ptr, rows + 3, cols, sizes, padded_sizes, E5M2, EVEN
-            )
-            largest = tl.maximum(tl.maximum(largest, largest_1), tl.maximum(largest_2, largest_3))
-            if VARIANT == PACKED:
-                words = codes.to(tl.uint32) | (codes_1.to(tl.uint32) << 8)
-                words = words | (codes_2.to(tl.uint32) << 16) | (codes_3.to(tl.uint32) << 24)
-                word_ptr = transposed_ptr.to(tl.pointer_type(tl.uint32))
-                words_per_col = tl.cdiv(num_rows, MULTIPLE).to(tl.int64) * (MULTIPLE // 4)
-                word_rows = first_row // 4 + tl.arange(0, BLOCK_ROWS // 4)
-                _store(word_ptr, tl.trans(words), cols, word_rows, padded_cols, words_per_col, EVEN)
-            else:
-                quads = tl.join(tl.join(codes, codes_2), tl.join(codes_1, codes_3))
-                turned = tl.reshape(tl.permute(quads, (1, 0, 2, 3)), (BLOCK_COLS, BLOCK_ROWS))
-                _store(transposed_ptr, turned, cols, all_rows, padded_cols, padded_rows, EVEN)
+        _store(transposed_ptr + offset, tl.trans(codes), cols, rows, padded_cols, padded_rows, EVEN)
     if scale_ptr is not None:
-        _raise_amax(amax_ptr, amax, tl.max(largest))
+        _raise_amax(amax_ptr, amax, tl.max(tl.abs(x)))
 
 
 _launch_amax = Launcher(_amax_kernel)

@@ -113,9 +113,7 @@ def decode_blockwise(
     return values.movedim(0, -1) if transposed else values
 
 
-def expand_blocks(
-    scales: torch.Tensor, shape: tuple[int, int], *, square: bool
-) -> torch.Tensor:
+def expand_blocks(scales: torch.Tensor, shape: tuple[int, int], *, square: bool) -> torch.Tensor:
     """Factor of each element of a matrix from those of its 1 x 128 or 128 x 128 blocks.
 
     Parameters

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Float8 128-blocks on the GPU: the same bytes as TE's kernels, and products inside `emulate()`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformer_engine.pytorch as te
+from accuracy import END_TO_END_BOUNDS_DB, assert_accurate
+from products import FP8
+from test_against_te import inputs
+from transformer_engine.common.recipe import Float8BlockScaling
+
+import transformer_engine_batched as teb
+from transformer_engine_batched.reference import blockwise
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# TE's kernel for 128 x 128 blocks makes no column-wise copy alone.
+USAGES = {1: ((True, False), (False, True), (True, True)), 2: ((True, False), (True, True))}
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.get_device_capability() != (9, 0), reason="TE keeps 128-blocks on Hopper only"
+)
+
+
+def make_quantizer(dim, fp8="e4m3", rowwise=True, columnwise=True, **options):
+    return te.Float8BlockQuantizer(
+        FP8[fp8], rowwise=rowwise, columnwise=columnwise, block_scaling_dim=dim, **options
+    )
+
+
+def assert_same_bytes(x, y, name):
+    """Codes of both copies and their scales without the padding, which TE leaves unwritten."""
+    assert type(x) is type(y) and x._is_2D_scaled == y._is_2D_scaled, name
+    assert x._fp8_dtype == y._fp8_dtype and x.shape == y.shape and x.dtype == y.dtype, name
+    cols = x.shape[-1]
+    rows = x.numel() // cols
+    for usage, sizes in (("rowwise", (rows, cols)), ("columnwise", (cols, rows))):
+        codes = [getattr(tensor, f"_{usage}_data") for tensor in (x, y)]
+        scales = [getattr(tensor, f"_{usage}_scale_inv") for tensor in (x, y)]
+        if codes[0] is None:
+            assert codes[1] is None and scales[0] is None and scales[1] is None, (name, usage)
+            continue
+        assert codes[0].shape == codes[1].shape and scales[0].shape == scales[1].shape, name
+        assert torch.equal(*codes), (name, usage, int((codes[0] != codes[1]).sum()))
+        written = -(-sizes[1] // 128) if x._is_2D_scaled else sizes[0]
+        bits = [scale[:, :written].contiguous().view(torch.int32) for scale in scales]
+        assert torch.equal(*bits), (name, usage, int((bits[0] != bits[1]).sum()))
+
+
+def block_inputs(dtype):
+    """The inputs of other recipes, whole blocks, items that share a block, and other ragged sizes."""
+    named = inputs(dtype)
+    for shape in ((2, 128, 256), (3, 33, 130), (2, 200, 72), (5, 7), (1, 16), (300, 389)):
+        named[str(shape)] = torch.randn(shape, device="cuda").to(dtype)
+    spread = torch.exp2(torch.randint(-60, 60, (4, 96, 160), device="cuda").double())
+    named["spread"] = (torch.randn(4, 96, 160, device="cuda") * spread).to(dtype)
+    return named
+
+
+@pytest.mark.parametrize("fp8", FP8)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", (1, 2))
+@pytest.mark.parametrize("power_of_two", (True, False))
+@pytest.mark.parametrize("epsilon", (0.0, 1e-2))
+def test_bytes(dim, dtype, fp8, power_of_two, epsilon):
+    for name, x in block_inputs(dtype).items():
+        for usage in USAGES[dim]:
+            quantizer = make_quantizer(
+                dim, fp8, *usage, force_pow_2_scales=power_of_two, amax_epsilon=epsilon
+            )
+            expected = quantizer(x.contiguous())
+            assert_same_bytes(expected, blockwise.quantize(x, quantizer), (name, usage))
+
+
+def test_quantize_takes_tes_kernel():
+    x = torch.randn(2, 128, 128, device="cuda")
+    quantizer = make_quantizer(1)
+    with teb.emulate("reference"):
+        expected = teb.quantize(x, quantizer)
+    assert_same_bytes(expected, teb.quantize(x, quantizer), "emulated and not")
+
+
+def test_product_outside_emulation_names_the_way_out():
+    x = teb.quantize(torch.randn(2, 128, 128, device="cuda"), make_quantizer(1))
+    with pytest.raises(teb.UnsupportedError, match=r"128-blocks.*emulate\(\)"):
+        teb.batched_general_gemm(x, x)
+
+
+@pytest.mark.parametrize("engine", (None, "reference"))
+@pytest.mark.parametrize("power_of_two", (True, False))
+@pytest.mark.parametrize("dims", ((1, 1), (1, 2), (2, 1)))
+@pytest.mark.parametrize("sizes", ((256, 128, 384), (40, 70, 389)))
+def test_products(engine, power_of_two, dims, sizes):
+    m, k, n = sizes
+    operands = [torch.randn(3, m, k, device="cuda"), torch.randn(3, n, k, device="cuda")]
+    quantized = []
+    for x, dim in zip(operands, dims):
+        quantizer = make_quantizer(dim, columnwise=False, force_pow_2_scales=power_of_two)
+        with teb.emulate(engine):
+            quantized.append(teb.quantize(x, quantizer))
+    exact = [x.dequantize(dtype=torch.float32).double() for x in quantized]
+    with teb.emulate(engine):
+        out = teb.batched_general_gemm(quantized[1], quantized[0], out_dtype=torch.bfloat16)
+    assert_accurate(out, exact[0] @ exact[1].mT)
+    assert_accurate(out, operands[0].double() @ operands[1].double().mT, 27.0)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("sizes", ((256, 128, 384), (40, 70, 389)))
+def test_training_under_autocast(dtype, sizes):
+    m, k, n = sizes
+    a = torch.randn(3, m, k, device="cuda", dtype=dtype, requires_grad=True)
+    b = torch.randn(3, n, k, device="cuda", dtype=dtype, requires_grad=True)
+    gradient = torch.randn(3, m, n, device="cuda", dtype=dtype)
+    results = []
+    for engine in (None, "reference"):
+        a.grad = b.grad = None
+        with teb.emulate(engine), te.autocast(enabled=True, recipe=Float8BlockScaling()):
+            y = te.BatchedMatmul()(a, b.mT)
+        y.backward(gradient)
+        results.append((y.detach(), a.grad, b.grad))
+    a64, b64, g64 = a.detach().double(), b.detach().double(), gradient.double()
+    for made in results:
+        for result, expected in zip(made, (a64 @ b64.mT, g64 @ b64, g64.mT @ a64)):
+            assert_accurate(result, expected, END_TO_END_BOUNDS_DB["e4m3", "e4m3"])
+    for result, reference in zip(*results):
+        assert_accurate(result, reference.double(), 50.0 if dtype == torch.bfloat16 else 100.0)
