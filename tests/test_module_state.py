@@ -304,7 +304,7 @@ def test_recipe_type_change_warns(emulated):
         run_step(module, BATCHES[0], MXFP8BlockScaling())
 
 
-@pytest.mark.parametrize("recipe", (DelayedScaling, Float8CurrentScaling))
+@pytest.mark.parametrize("recipe", (Float8CurrentScaling))
 def test_format_changes_between_steps(recipe, emulated):
     """HYBRID, then E4M3 in both directions: gradients get the 4 dB that E4M3 has over E5M2."""
     module, data = te.BatchedMatmul(), make_data(CASES["plain"])
@@ -313,6 +313,14 @@ def test_format_changes_between_steps(recipe, emulated):
     for _ in range(2):
         step = run_step(module, data, recipe(fp8_format=Format.E4M3))
     assert_step_accurate(step, data, "mxfp8")
+
+
+def test_format_of_delayed_scaling_does_not_change(emulated):
+    """Scales for E5M2's range would saturate E4M3."""
+    module, data = te.BatchedMatmul(), make_data(CASES["plain"])
+    run_step(module, data, DelayedScaling(fp8_format=Format.HYBRID))
+    with pytest.raises(teb.UnsupportedError, match="fp8_format of DelayedScaling changed to E4M3"):
+        run_step(module, data, DelayedScaling(fp8_format=Format.E4M3))
 
 
 def test_calibration(emulated):

@@ -39,6 +39,15 @@ SMALL = training.Settings(
 )
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors here are small: threads that wait for each other cost more than they give."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # Training
 
 

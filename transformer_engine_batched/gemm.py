@@ -673,7 +673,7 @@ def _apply_autocast(x: object) -> object:
 
 def _decode_both(left: _Side, right: _Side) -> tuple[tuple, tuple]:
     """Block-scaled operands without an engine as plain ones of one type: BF16, or FP32 if it has to be."""
-    values = [_decode(side.codes) for side in (left, right)]
+    values = [decode_codes(side.codes) for side in (left, right)]
     if values[0].dtype != values[1].dtype:
         values = [value.float() for value in values]
     dtype = HIGH_PRECISION_DTYPES[values[0].dtype]
@@ -683,7 +683,8 @@ def _decode_both(left: _Side, right: _Side) -> tuple[tuple, tuple]:
     )
 
 
-def _decode(codes: Codes) -> torch.Tensor:
+def decode_codes(codes: Codes) -> torch.Tensor:
+    """Values of block-scaled codes: BF16 where that is exact, else FP32."""
     fp8 = TORCH_DTYPES[codes.dtype]
     if codes.fmt == "float8_block":
         return decode_blockwise(

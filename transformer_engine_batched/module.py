@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import List, Optional
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from .autograd import Quantization, differentiable_matmul
 from .errors import UnsupportedError
@@ -22,20 +23,26 @@ from .te_interop import (
     accumulator_settings,
     active_recipe,
     enter_forward_without_cuda,
+    has_other_format,
     is_quantized,
     leave_forward_without_cuda,
     make_gradient_quantizer,
     make_stateless_quantizers,
+    meta_without_registration,
     nominal_dtype,
+    point_history_buffers,
     quantizer_format,
     quantizer_of,
     recipe_states_on,
+    remake_quantizers,
     takes_first_module_turn,
     update_backward_scales,
     without_cuda,
 )
 
 _MODULE_TYPE = "batched_matmul"
+# No recipe is this one.
+_UNKNOWN = ((None, None, None), Quantization())
 
 
 class BatchedMatmul(TransformerEngineBaseModule):
@@ -66,7 +73,10 @@ class BatchedMatmul(TransformerEngineBaseModule):
     that NaN stays in the rows and columns that it touches.
 
     Double backward is not supported and raises. Under torch.compile the module runs as it is, between two
-    graphs (a graph break).
+    graphs (a graph break). A plain CUDA graph leaves the update of gradients' scales to its owner, as with
+    TE's own modules; `te.make_graphed_callables` does it.
+
+    TE updates the scales of all delayed-scaling modules of the process when a region ends.
 
     Examples
     --------
@@ -86,7 +96,7 @@ class BatchedMatmul(TransformerEngineBaseModule):
         with without_cuda():
             super().__init__(name=name)
         self.fast_setattr("_state_device", _default_device())
-        self.fast_setattr("_known_quantization", ((None, None, None), Quantization()))
+        self.fast_setattr("_known_quantization", _UNKNOWN)
 
     @torch.compiler.disable(reason="the product is not a traceable operator yet")
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -132,6 +142,7 @@ class BatchedMatmul(TransformerEngineBaseModule):
         # TE makes new lists when a recipe or the length of its history changes.
         known, quantization = self._known_quantization
         if known[0] is not recipe or known[1] is not forward or known[2] is not backward:
+            _check_recipe(recipe)
             quantization = Quantization(
                 forward[0], forward[1], backward[0], *accumulator_settings(recipe)
             )
@@ -144,8 +155,36 @@ class BatchedMatmul(TransformerEngineBaseModule):
 
     def set_meta_tensor(self, fwd: bool, recipe: Recipe) -> None:
         """Makes scales and amax histories, on the CPU if that is where the operands are."""
+        state = self.fp8_meta.get("scaling_fwd" if fwd else "scaling_bwd")
+        is_initialized = self.fp8_meta_tensors_initialized
+        if state is not None and has_other_format(state, recipe):
+            if recipe.delayed():
+                raise UnsupportedError(
+                    f"the fp8_format of DelayedScaling changed to {recipe.fp8_format.name} after scales of another "
+                    "one were recorded, which TE keeps under the old recipe: make a new BatchedMatmul for it"
+                )
+            self.fast_setattr("fp8_meta_tensors_initialized", False)
         with recipe_states_on(self._state_device):
             super().set_meta_tensor(fwd, recipe)
+        self.fast_setattr("fp8_meta_tensors_initialized", is_initialized)
+
+    def adjust_amax_history_length(self, length: int, fwd: Optional[bool] = None) -> None:
+        """Changes the length of the amax histories of one direction or both; keeps their newest part."""
+        super().adjust_amax_history_length(length, fwd)
+        point_history_buffers(self)
+
+    def __getstate__(self) -> dict:
+        state = self.__dict__.copy()
+        state["fp8_meta"] = meta_without_registration(self.fp8_meta)
+        state["quantizers"] = {key: [] for key in self.quantizers}
+        state["_known_quantization"] = _UNKNOWN
+        return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for key in self.quantizers:
+            if key in self.fp8_meta:
+                self.quantizers[key] = remake_quantizers(self.fp8_meta[key])
 
     def get_extra_state(self) -> torch.Tensor:
         """Scales and amax histories for a checkpoint, as all TE modules store them."""
@@ -247,10 +286,14 @@ def bmm(
                 "a transformer_engine.pytorch.BatchedMatmul() for this product and call it, or use "
                 "Float8CurrentScaling or MXFP8BlockScaling"
             )
+        _check_recipe(recipe)
         quantization = Quantization(
             *make_stateless_quantizers(recipe, a.device), *accumulator_settings(recipe)
         )
-    elif is_quantized(a) and is_quantized(b):
+    elif is_quantized(a) != is_quantized(b):
+        with torch.no_grad():
+            return multiply(a, b)  # refuses operands of different formats
+    elif is_quantized(a):
         fmt = quantizer_format(quantizer_of(a))
         quantization = Quantization(
             quantizer_of(a),
@@ -262,6 +305,16 @@ def bmm(
         quantization = Quantization()
     out = differentiable_matmul(a, b, out_dtype or _activation_dtype(a), quantization)
     return out if squeeze is None else squeeze(out)
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    override = getattr(recipe, "backward_override", None)
+    if override is not None:
+        raise UnsupportedError(
+            f"{type(recipe).__name__}(backward_override={override!r}): the backward of a batched product runs "
+            "on the operands that forward quantized. Leave backward_override at None, or multiply outside "
+            "te.autocast for a backward in high precision."
+        )
 
 
 def _default_device() -> torch.device:
@@ -284,6 +337,11 @@ def _prepare_operands(a: torch.Tensor, b: torch.Tensor):
     for name, x in (("a", a), ("b", b)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"operand {name}: expected a torch.Tensor, got {type(x).__name__}")
+        if isinstance(x, DTensor):
+            raise UnsupportedError(
+                f"operand {name} is a DTensor: multiply local shards, through "
+                "torch.distributed.tensor.experimental.local_map (docs/training.md shows how)"
+            )
         if not is_quantized(x) and x.dtype not in HIGH_PRECISION_DTYPES:
             raise TypeError(
                 f"operand {name} has dtype {x.dtype}: expected float32, float16, bfloat16 or a TE "

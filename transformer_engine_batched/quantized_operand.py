@@ -14,6 +14,7 @@ from typing import NamedTuple, Optional
 import torch
 
 from .emulation import current_emulation
+from .gemm import decode_codes
 from .operands import round_up
 from .plan import describe_device
 from .quantize import quantize
@@ -24,12 +25,15 @@ from .te_interop import (
     Quantizer,
     copy_quantizer,
     current_scaling_options,
+    has_rowwise_copy,
     has_square_blocks,
     is_delayed_quantizer,
     is_quantized,
     logical_shape,
+    nominal_dtype,
     quantizer_format,
     quantizer_fp8_dtype,
+    quantizer_of,
     read_codes,
 )
 
@@ -42,6 +46,36 @@ class Copy(NamedTuple):
 
     codes: Codes
     transposed: bool
+
+    def sizes(self) -> tuple[int, int]:
+        """Rows and columns with padding."""
+        rows, cols = logical_sizes(self.codes)
+        return (cols, rows) if self.transposed else (rows, cols)
+
+
+def logical_sizes(codes: Codes) -> tuple[int, int]:
+    """Rows and columns of the matrices that codes hold, as stored."""
+    shape = codes.data.shape
+    return (shape[-1], shape[0]) if codes.moved_last_dim else (shape[-2], shape[-1])
+
+
+def trim(copy: Copy, rows: int, cols: int) -> Copy:
+    """The copy without its padding: a view, which the product may have to pack."""
+    if copy.sizes() == (rows, cols) or copy.codes.fmt != "float8" or copy.codes.moved_last_dim:
+        return copy
+    if copy.transposed:
+        rows, cols = cols, rows
+    return Copy(copy.codes._replace(data=copy.codes.data[..., :rows, :cols]), copy.transposed)
+
+
+def dequantize(x: torch.Tensor) -> torch.Tensor:
+    """High-precision values of a quantized tensor, also where TE's kernels cannot run."""
+    device = describe_device(x.device)
+    fmt = quantizer_format(quantizer_of(x))
+    if fmt == "float8" or find_native_quantizer(fmt, device).engine == "te":
+        return x.dequantize()
+    by_last = has_rowwise_copy(x)
+    return decode_codes(read_codes(x, "x", by_last, _anywhere)).to(nominal_dtype(x))
 
 
 class Copies(NamedTuple):

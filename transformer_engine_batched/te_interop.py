@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import os
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Callable, Iterator, NamedTuple, Optional
 from unittest import mock
 
@@ -166,6 +166,11 @@ def read_codes(
             "tensor"
         )
     return Codes(dtype, dtype, x)
+
+
+def has_rowwise_copy(x: QuantizedTensorStorage) -> bool:
+    """Whether a quantized tensor has data for products along its last dim."""
+    return bool(x.get_usages().get("rowwise"))
 
 
 def _any_buffer(x: QuantizedTensorStorage) -> torch.Tensor:
@@ -439,23 +444,54 @@ def quantizer_of(x: QuantizedTensorStorage) -> Quantizer:
 
 @contextmanager
 def all_recipes_supported() -> Iterator[None]:
-    """Lets TE's autocast accept recipes that the device lacks, and update scales without a GPU."""
+    """Lets TE's autocast accept recipes that the device lacks, and update scales wherever they are.
+
+    TE's fused update of amaxes and scales is a CUDA kernel; its other one works on CPU tensors, too.
+    """
     names = ("_FP8_SUPPORT", "_MXFP8_SUPPORT", "_FP8_BLOCK_SCALING_SUPPORT")
-    saved = {name: getattr(quantization, name) for name in names}
-    unfused = os.environ.get("NVTE_UNFUSED_FP8_UPDATE")
-    for name in names:
-        setattr(quantization, name, (True, ""))
-    if not torch.cuda.is_available():
-        os.environ["NVTE_UNFUSED_FP8_UPDATE"] = "1"
-    try:
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(quantization, name, (True, "")))
+        stack.enter_context(mock.patch.dict(os.environ, NVTE_UNFUSED_FP8_UPDATE="1"))
         yield
-    finally:
-        for name, value in saved.items():
-            setattr(quantization, name, value)
-        if not torch.cuda.is_available():
-            os.environ.pop("NVTE_UNFUSED_FP8_UPDATE")
-            if unfused is not None:
-                os.environ["NVTE_UNFUSED_FP8_UPDATE"] = unfused
+
+
+def point_history_buffers(module: TransformerEngineBaseModule) -> None:
+    """Gives TE's global amax buffers this module's own histories, after their length has changed.
+
+    TE 2.20's `adjust_amax_history_length` of one direction puts that direction's history into the
+    buffers of both.
+    """
+    info = module.fp8_meta.get(FP8GlobalStateManager.get_buffer_info())
+    if info is None:
+        return
+    state = FP8GlobalStateManager.quantization_state
+    for key, position, buffer_key in zip(("scaling_fwd", "scaling_bwd"), info[::2], info[1::2]):
+        if buffer_key in state.global_amax_buffer:
+            history = module.fp8_meta[key].amax_history
+            state.global_amax_history_buffer[buffer_key][position] = history
+            state.global_amax_buffer[buffer_key][position] = history[0]
+
+
+def meta_without_registration(fp8_meta: dict) -> dict:
+    """A module's recipe state without its places in TE's global buffers, which a copy must not share."""
+    places = (FP8GlobalStateManager.get_buffer_info(), "global_fp8_buffer_pos_fwd_recompute")
+    return {key: value for key, value in fp8_meta.items() if key not in places}
+
+
+def remake_quantizers(recipe_state: RecipeState) -> list:
+    """Quantizers that share the buffers of a copied recipe state."""
+    recipe_state.inherit_state_from(recipe_state)
+    return recipe_state.make_quantizers()
+
+
+def has_other_format(recipe_state: RecipeState, recipe: Recipe) -> bool:
+    """Whether a recipe of the same class asks for other FP8 types than the state was made for.
+
+    TE 2.20 keeps the old quantizers then (its issue 3157).
+    """
+    before, after = (getattr(x, "fp8_format", None) for x in (recipe_state.recipe, recipe))
+    return type(recipe_state.recipe) is type(recipe) and before != after
 
 
 # --- names added to TE ----------------------------------------------------------------------------------

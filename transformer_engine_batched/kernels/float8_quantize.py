@@ -151,10 +151,9 @@ def quantize_float8(
     >>> codes.shape, turned.shape
     (torch.Size([2, 32, 32]), torch.Size([2, 32, 32]))
     """
-    plan = _make_plan(x.shape, x.stride(), x.dtype, x.is_cuda, rowwise, transposed, multiple)
     _check_scalar(scale, "scale", x)
     _check_scalar(amax, "amax", x)
-    return _cast(x, plan, scale, amax, fp8_dtype)
+    return _cast_layouts(x, (rowwise, transposed, multiple), scale, amax, fp8_dtype)
 
 
 def quantize_float8_current(
@@ -215,7 +214,26 @@ def quantize_float8_current(
             torch.distributed.all_reduce(
                 amax, op=torch.distributed.ReduceOp.MAX, group=amax_reduction_group
             )
-    return _cast(x, plan, None, amax, fp8_dtype, amax_epsilon, force_pow_2_scales)
+    return _cast_layouts(
+        x, (rowwise, transposed, multiple), None, amax, fp8_dtype, amax_epsilon, force_pow_2_scales
+    )
+
+
+def _cast_layouts(
+    x: torch.Tensor, layouts: tuple[bool, bool, int], *arguments: object
+) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
+    """One launch for the layouts asked for; two for both of FP32.
+
+    Triton 3.6 miscompiles one kernel that writes both layouts of an FP32 tile (wrong bytes, seen on an
+    H200 and guarded by tests/gpu/test_kernel_float8_quantize.py); BF16 and FP16 come out right.
+    """
+    rowwise, transposed, multiple = layouts
+    description = (x.shape, x.stride(), x.dtype, x.is_cuda)
+    if not (rowwise and transposed and x.dtype == torch.float32):
+        return _cast(x, _make_plan(*description, rowwise, transposed, multiple), *arguments)
+    codes, _, scale_inv = _cast(x, _make_plan(*description, True, False, multiple), *arguments)
+    _, turned, _ = _cast(x, _make_plan(*description, False, True, multiple), *arguments)
+    return codes, turned, scale_inv
 
 
 @lru_cache(maxsize=4096)
