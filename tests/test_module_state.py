@@ -304,7 +304,7 @@ def test_recipe_type_change_warns(emulated):
         run_step(module, BATCHES[0], MXFP8BlockScaling())
 
 
-@pytest.mark.parametrize("recipe", (Float8CurrentScaling))
+@pytest.mark.parametrize("recipe", (Float8CurrentScaling,))
 def test_format_changes_between_steps(recipe, emulated):
     """HYBRID, then E4M3 in both directions: gradients get the 4 dB that E4M3 has over E5M2."""
     module, data = te.BatchedMatmul(), make_data(CASES["plain"])
