@@ -63,6 +63,9 @@ Context& Context::current(int device) {
   thread_local Borrowed borrowed;
   std::unique_ptr<Context>& context = borrowed.contexts[device];
   if (context == nullptr) {
+    // A new thread may have no CUDA context yet: neither cudaGetDevice nor torch's cached memory bind one,
+    // and a launch without it fails. Setting the device does (CUDA 12 and later).
+    check_status(cudaSetDevice(device), "cudaSetDevice");
     context = ContextPool::instance().take(device);
   }
   return *context;

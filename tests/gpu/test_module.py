@@ -248,7 +248,12 @@ def test_training_is_that_of_the_emulation(name, recipe, dtype):
             traces.append(train(te.BatchedMatmul(), RECIPES[recipe](), batches))
     cpu, gpu = traces
     for one, other in zip(cpu.states, gpu.states):
-        assert_same_state(one, {key: value.cpu() for key, value in other.items()})
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            # Histories are maxima and equal. Scales are TE's quotients, whose last bit depends on how each
+            # device's torch divides.
+            ulps = 1 if key.startswith("scale") else 0
+            torch.testing.assert_close(other[key].cpu(), value, rtol=ulps * 2.0**-23, atol=0.0)
     for one, other in zip(cpu.steps, gpu.steps):
         for x, y in zip(one, other):
             assert x.dtype == y.dtype and x.shape == y.shape

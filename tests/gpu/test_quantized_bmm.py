@@ -159,7 +159,7 @@ def test_graph_capture():
 
 def test_te_modules_are_the_same():
     """A module with FP8 weights, forward and backward, bit for bit as without the switch."""
-    with te.quantized_model_init(enabled=True):
+    with te.quantized_model_init(enabled=True, recipe=Float8CurrentScaling()):
         linear = te.Linear(64, 96, device="cuda", params_dtype=torch.bfloat16)
     x = values(128, 64).requires_grad_()
 
