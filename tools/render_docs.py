@@ -40,6 +40,7 @@ SUITES = {
     "module": "make gpu-bench",
     "training": "python benchmarks/training.py",
     "attention_error": "python benchmarks/attention_error.py",
+    "quantize_kernels": "python benchmarks/quantize_kernels.py",
 }
 
 
@@ -75,7 +76,7 @@ def format_caption(meta: dict[str, Any]) -> str:
         meta["date"],
         f"`{meta['command']}`",
     ]
-    unfinished = "" if meta["complete"] else " The run was stopped before its end."
+    unfinished = "" if meta.get("complete", True) else " The run was stopped before its end."
     return f"<sub>{', '.join(str(part) for part in parts)}.{unfinished}</sub>"
 
 
@@ -300,6 +301,22 @@ def _attention(results: Results) -> str:
     return f"{_table(['recipe', *titles], body)}\n\n{format_caption(results['meta'])}"
 
 
+def _quantize_kernels(results: Results) -> str:
+    """GB/s of the kernels in use and of TE's, E4M3, by shape."""
+    rows = [r for r in results["rows"] if r["fp8"] == "e4m3" and "rows" not in r]
+    shapes = list(dict.fromkeys(tuple(r["shape"]) for r in rows))
+    found = {(r["what"], tuple(r["shape"])): r["gbps"] for r in rows}
+    body = [
+        [
+            what,
+            *(f"{found[what, shape]:.0f}" if (what, shape) in found else "-" for shape in shapes),
+        ]
+        for what in dict.fromkeys(r["what"] for r in rows)
+    ]
+    titles = ["GB/s", *("[" + ", ".join(map(str, shape)) + "]" for shape in shapes)]
+    return f"{_table(titles, body)}\n\n{format_caption(results['meta'])}"
+
+
 def _support(results: dict[str, Results | None]) -> str:
     from transformer_engine_batched import support
 
@@ -353,6 +370,7 @@ BLOCKS: dict[str, Callable[[dict[str, Results | None]], str]] = {
     "module-host": _from("module", _module_host),
     "training": _from("training", _training),
     "training-plot": _from("training", lambda x: _pictures(x, TRAINING_PLOTS, "img")),
+    "quantize-kernels": _from("quantize_kernels", _quantize_kernels),
     "attention-error": _from("attention_error", _attention),
 }
 
