@@ -104,7 +104,7 @@ def multiply(a: torch.Tensor, b: torch.Tensor, direction: str, size: int) -> tor
     """The contraction of prepared operands, BF16 ``[D, size, size]``.
 
     The sums here are coherent, all terms of one sign, which is where Hopper's fast accumulation truncates
-    visibly: it costs 4 dB on this complex. So partial sums are promoted to FP32.
+    visibly. So partial sums are promoted to FP32.
     """
     product = teb.batched_general_gemm(
         b, a, out_dtype=torch.bfloat16, layout=LAYOUTS[direction], use_split_accumulator=True
