@@ -7,7 +7,7 @@ Input: torch tensors or TE quantized tensors. The arithmetic is `autograd`'s.
 
 from __future__ import annotations
 
-from typing import List, Optional
+from typing import Optional
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -15,37 +15,21 @@ from torch.distributed.tensor import DTensor
 from .autograd import Quantization, differentiable_matmul
 from .errors import UnsupportedError
 from .gemm import bmm as multiply
+from .recipe_module import RecipeModule, check_recipe, is_stateless
 from .te_interop import (
     HIGH_PRECISION_DTYPES,
-    QuantizerRole,
-    Recipe,
-    TransformerEngineBaseModule,
     accumulator_settings,
     active_recipe,
-    enter_forward_without_cuda,
-    has_other_format,
     is_quantized,
-    leave_forward_without_cuda,
     make_gradient_quantizer,
     make_stateless_quantizers,
-    meta_without_registration,
     nominal_dtype,
-    point_history_buffers,
     quantizer_format,
     quantizer_of,
-    recipe_states_on,
-    remake_quantizers,
-    takes_first_module_turn,
-    update_backward_scales,
-    without_cuda,
 )
 
-_MODULE_TYPE = "batched_matmul"
-# No recipe is this one.
-_UNKNOWN = ((None, None, None), Quantization())
 
-
-class BatchedMatmul(TransformerEngineBaseModule):
+class BatchedMatmul(RecipeModule):
     """``y = a @ b`` for two activations, quantized as `te.autocast` says.
 
     Available as `transformer_engine.pytorch.BatchedMatmul` once the package is imported. It has no
@@ -92,12 +76,6 @@ class BatchedMatmul(TransformerEngineBaseModule):
     ((4, 32, 48), (4, 32, 64))
     """
 
-    def __init__(self, name: Optional[str] = None) -> None:
-        with without_cuda():
-            super().__init__(name=name)
-        self.fast_setattr("_state_device", _default_device())
-        self.fast_setattr("_known_quantization", _UNKNOWN)
-
     @torch.compiler.disable(reason="the product is not a traceable operator yet")
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """``a @ b`` with torch.matmul's shapes and broadcasting.
@@ -115,109 +93,13 @@ class BatchedMatmul(TransformerEngineBaseModule):
             ``[*batch, M, N]`` in the dtype of `a`, or that of torch.autocast.
         """
         a, b, squeeze = _prepare_operands(a, b)
-        self.fast_setattr("_state_device", a.device)
-        if a.is_cuda:
-            # num_gemms, allow_non_contiguous, allow_different_data_and_param_types
-            self.prepare_forward(a, 1, True, True)
-        else:
-            enter_forward_without_cuda(self, a)
+        self._begin_forward(a)
         try:
             quantization = self._choose_quantization(a, b)
             out = differentiable_matmul(a, b, _activation_dtype(a), quantization)
         finally:
-            if a.is_cuda:
-                self.end_forward()
-            else:
-                leave_forward_without_cuda(self)
+            self._end_forward(a)
         return out if squeeze is None else squeeze(out)
-
-    def _choose_quantization(self, a: torch.Tensor, b: torch.Tensor) -> Quantization:
-        if not self.fp8:
-            if self.fp8_calibration:
-                for quantizer, x in zip(self.quantizers["scaling_fwd"], (a, b)):
-                    quantizer.calibrate(x.detach())
-            return Quantization()
-        recipe = self.fp8_meta["recipe"]
-        forward, backward = self.quantizers["scaling_fwd"], self.quantizers["scaling_bwd"]
-        # TE makes new lists when a recipe or the length of its history changes.
-        known, quantization = self._known_quantization
-        if known[0] is not recipe or known[1] is not forward or known[2] is not backward:
-            _check_recipe(recipe)
-            quantization = Quantization(
-                forward[0], forward[1], backward[0], *accumulator_settings(recipe)
-            )
-            self.fast_setattr("_known_quantization", ((recipe, forward, backward), quantization))
-        if _is_stateless(recipe) or not torch.is_grad_enabled():
-            return quantization
-        if (a.requires_grad or b.requires_grad) and takes_first_module_turn():
-            return quantization._replace(after_backward=update_backward_scales)
-        return quantization
-
-    def set_meta_tensor(self, fwd: bool, recipe: Recipe) -> None:
-        """Makes scales and amax histories, on the CPU if that is where the operands are."""
-        state = self.fp8_meta.get("scaling_fwd" if fwd else "scaling_bwd")
-        is_initialized = self.fp8_meta_tensors_initialized
-        if state is not None and has_other_format(state, recipe):
-            if recipe.delayed():
-                raise UnsupportedError(
-                    f"the fp8_format of DelayedScaling changed to {recipe.fp8_format.name} after scales of another "
-                    "one were recorded, which TE keeps under the old recipe: make a new BatchedMatmul for it"
-                )
-            self.fast_setattr("fp8_meta_tensors_initialized", False)
-        with recipe_states_on(self._state_device):
-            super().set_meta_tensor(fwd, recipe)
-        self.fast_setattr("fp8_meta_tensors_initialized", is_initialized)
-
-    def adjust_amax_history_length(self, length: int, fwd: Optional[bool] = None) -> None:
-        """Changes the length of the amax histories of one direction or both; keeps their newest part."""
-        super().adjust_amax_history_length(length, fwd)
-        point_history_buffers(self)
-
-    def __getstate__(self) -> dict:
-        state = self.__dict__.copy()
-        state["fp8_meta"] = meta_without_registration(self.fp8_meta)
-        state["quantizers"] = {key: [] for key in self.quantizers}
-        state["_known_quantization"] = _UNKNOWN
-        return state
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        for key in self.quantizers:
-            if key in self.fp8_meta:
-                self.quantizers[key] = remake_quantizers(self.fp8_meta[key])
-
-    def get_extra_state(self) -> torch.Tensor:
-        """Scales and amax histories for a checkpoint, as all TE modules store them."""
-        with without_cuda():
-            return super().get_extra_state()
-
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        """Restores what `get_extra_state` gave."""
-        with without_cuda():
-            super().set_extra_state(state)
-
-    def get_quantizer_roles(
-        self, *, fwd: bool, num_quantizers: int
-    ) -> Optional[List[QuantizerRole]]:
-        """Roles for `CustomRecipe`: a, b, output; grad_output, grad_a (which grad_b shares)."""
-
-        def role(tensor_type: str) -> QuantizerRole:
-            return QuantizerRole(
-                module_type=_MODULE_TYPE, tensor_type=tensor_type, name=self.name or ""
-            )
-
-        if fwd:
-            roles = [role("a"), role("b"), self._output_quantizer_role or role("output")]
-        else:
-            roles = [role("grad_output"), self._grad_input_quantizer_role or role("grad_a")]
-        assert len(roles) == num_quantizers
-        return roles
-
-    def _get_weight_tensors(self) -> list:
-        return []
-
-    def _get_weight_quantizers(self) -> list:
-        return []
 
     def extra_repr(self) -> str:
         """The name."""
@@ -280,13 +162,13 @@ def bmm(
         )
     a, b, squeeze = _prepare_operands(a, b)
     if recipe is not None:
-        if not _is_stateless(recipe):
+        if not is_stateless(recipe):
             raise UnsupportedError(
                 f"bmm under {type(recipe).__name__}, which keeps scales between steps, was asked for: make "
                 "a transformer_engine.pytorch.BatchedMatmul() for this product and call it, or use "
                 "Float8CurrentScaling or MXFP8BlockScaling"
             )
-        _check_recipe(recipe)
+        check_recipe(recipe)
         quantization = Quantization(
             *make_stateless_quantizers(recipe, a.device), *accumulator_settings(recipe)
         )
@@ -305,24 +187,6 @@ def bmm(
         quantization = Quantization()
     out = differentiable_matmul(a, b, out_dtype or _activation_dtype(a), quantization)
     return out if squeeze is None else squeeze(out)
-
-
-def _check_recipe(recipe: Recipe) -> None:
-    override = getattr(recipe, "backward_override", None)
-    if override is not None:
-        raise UnsupportedError(
-            f"{type(recipe).__name__}(backward_override={override!r}): the backward of a batched product runs "
-            "on the operands that forward quantized. Leave backward_override at None, or multiply outside "
-            "te.autocast for a backward in high precision."
-        )
-
-
-def _default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _is_stateless(recipe: Recipe) -> bool:
-    return not (recipe.delayed() or recipe.custom())
 
 
 def _activation_dtype(x: torch.Tensor) -> torch.dtype:
