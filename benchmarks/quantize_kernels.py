@@ -20,6 +20,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
+from unittest import mock
 
 import torch
 import triton
@@ -34,6 +35,7 @@ from benchmarks import stored_results
 from benchmarks.timing import CudaClock, describe_error, interleave, time_host
 from transformer_engine_batched.kernels import float8_quantize
 from transformer_engine_batched.kernels.float8_quantize import Tile
+from transformer_engine_batched.kernels.launcher import BoundLaunch
 from transformer_engine_batched.reference import codes as fp8_codes
 from transformer_engine_batched.reference import quantizers
 
@@ -65,12 +67,23 @@ def list_tiles(name: str) -> list[Tile]:
 
 def make_call(x: torch.Tensor, name: str, tile: Tile | None, fp8_dtype: str) -> Callable[..., Any]:
     """A cast by delayed scaling with one tile (the table's if None), or a search of the amax."""
+    for function in ("_make_plan", "_make_amax_plan"):
+        getattr(float8_quantize, function).cache_clear()
+    layouts = (*LAYOUTS.get(name, (True, True)), 16)
+    with mock.patch.dict(float8_quantize.TILES, {} if tile is None else {name: tile}):
+        cast = float8_quantize.Cast(
+            x.shape, x.stride(), x.dtype, x.get_device(), fp8_dtype, layouts, (0.0, False)
+        )
     if name == "amax":
-        plan = float8_quantize._make_amax_plan(x.shape, x.stride(), tile)
-        return lambda _=0: float8_quantize._find_amax(x, plan)
-    plan = float8_quantize._make_plan(x.shape, x.stride(), x.dtype, True, *LAYOUTS[name], 16, tile)
+
+        def search(_: int = 0) -> torch.Tensor:
+            amaxes = cast.allocate_amaxes()
+            cast._find(x, amaxes, None, None)
+            return amaxes
+
+        return search
     scale, amax = torch.full((1,), 40.0, device="cuda"), torch.zeros(1, device="cuda")
-    return lambda _=0: float8_quantize._cast(x, plan, scale, amax, fp8_dtype)
+    return lambda _=0: cast.with_scale(x, scale, amax)
 
 
 def count_bytes(x: torch.Tensor, name: str, *, reads: int = 1) -> int:
@@ -87,7 +100,7 @@ def has_right_bytes(x: torch.Tensor, name: str, tile: Tile | None, fp8_dtype: st
         print(describe_error(error))
         return False
     if name == "amax":
-        return torch.equal(made, quantizers.tensor_amax(x))
+        return torch.equal(made.amax(0, keepdim=True), quantizers.tensor_amax(x))
     expected = fp8_codes.encode(x.float() * 40.0, FORMATS[fp8_dtype])
     pad = (0, -x.shape[-1] % 16, 0, -x.shape[-2] % 16)
     expected = torch.nn.functional.pad(expected, pad)
@@ -96,30 +109,19 @@ def has_right_bytes(x: torch.Tensor, name: str, tile: Tile | None, fp8_dtype: st
     )
 
 
-class _Compiler:
-    """Stands in for a launcher: compiles the kernel and does not launch it."""
-
-    def __init__(self, kernel: Any) -> None:
-        self.kernel = kernel
-
-    def __call__(self, num_programs: int, arguments: tuple, key: Any, num_warps: int) -> None:
-        self.kernel.warmup(*arguments, grid=(num_programs,), num_warps=num_warps)
+def _compile(launch: BoundLaunch, *tensors: torch.Tensor | None) -> None:
+    """Stands in for a launch: compiles the kernel and does not launch it."""
+    launch._kernel.warmup(
+        *tensors, *launch._constants, grid=(launch._num_programs,), num_warps=launch._num_warps
+    )
 
 
 def compile_together(calls: list[Callable[..., Any]]) -> None:
     """Compiles what the calls launch, many at a time; an error shows again when one is launched."""
-    names = {"_launch_cast": "_cast_kernel", "_launch_amax": "_amax_kernel"}
-    launchers = {name: getattr(float8_quantize, name) for name in names}
-    try:
-        for name, kernel in names.items():
-            setattr(float8_quantize, name, _Compiler(getattr(float8_quantize, kernel)))
-        with ThreadPoolExecutor() as pool:
-            with triton.AsyncCompileMode(pool, ignore_errors=True):
-                for call in calls:
-                    call()
-    finally:
-        for name, launcher in launchers.items():
-            setattr(float8_quantize, name, launcher)
+    with mock.patch.object(BoundLaunch, "__call__", _compile), ThreadPoolExecutor() as pool:
+        with triton.AsyncCompileMode(pool, ignore_errors=True):
+            for call in calls:
+                call()
 
 
 def sweep(x: torch.Tensor, name: str, tiles: list[Tile], fp8_dtype: str) -> list[dict[str, Any]]:

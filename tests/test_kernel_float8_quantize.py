@@ -28,6 +28,12 @@ from transformer_engine_batched.reference import quantizers
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def forget_plans():
+    """After this, plans are made with the tiles of now."""
+    for function in ("_make_plan", "_make_amax_plan", "_make_cast"):
+        getattr(float8_quantize, function).cache_clear()
+
+
 class TestPlan:
     """Numbers of programs, folding, and what is refused."""
 
@@ -133,12 +139,12 @@ class TestCompiled:
             is_code = name in ("codes_ptr", "transposed_ptr")
             signature[name] = (
                 f"*{dtype}"
-                if name == "x_ptr"
+                if name in ("x_ptr", "y_ptr")
                 else "*u8" if is_code else "*fp32" if "_ptr" in name else "i32"
             )
             if name == "amax_epsilon":
                 signature[name] = "fp32"
-            elif is_code or aligned and (name == "x_ptr" or signature[name] == "i32"):
+            elif is_code or aligned and (name in ("x_ptr", "y_ptr") or signature[name] == "i32"):
                 attributes[(index,)] = [["tt.divisibility", 16]]
         places = {parameter.name: index for index, parameter in enumerate(kernel.params)}
         source = ASTSource(
@@ -172,6 +178,7 @@ class TestCompiled:
             E5M2=is_e5m2,
             EVEN=is_even,
             MULTIPLE=16,
+            NUM_PARTIALS=float8_quantize.MAX_PARTIALS if "scale_ptr" in missing else 1,
             BLOCK_ROWS=tile.rows,
             BLOCK_COLS=tile.cols,
         )
@@ -183,14 +190,21 @@ class TestCompiled:
         assert "ld.global.v4.b32" in ptx
         assert "st.global.v4.b32" in ptx
 
-    def test_amax(self):
+    @pytest.mark.parametrize("is_flat", (True, False))
+    @pytest.mark.parametrize("is_pair", (True, False))
+    def test_amax(self, is_flat, is_pair):
         tile = float8_quantize.TILES["amax"]
+        constants = {
+            "FLAT": is_flat,
+            "EVEN": True,
+            "BLOCK_ROWS": tile.rows,
+            "BLOCK_COLS": tile.cols,
+        }
         kernel = self.compile(
             float8_quantize._amax_kernel,
             tile,
-            EVEN=True,
-            BLOCK_ROWS=tile.rows,
-            BLOCK_COLS=tile.cols,
+            missing=() if is_pair else ("y_ptr", "y_amaxes_ptr"),
+            **{f"{name}_{key}": value for name in "XY" for key, value in constants.items()},
         )
         assert "ld.global.v4.b32" in kernel.asm["ptx"]
 
@@ -264,12 +278,10 @@ class TestInterpreted:
         def use(rows=16, cols=32):
             for name in float8_quantize.TILES:
                 monkeypatch.setitem(float8_quantize.TILES, name, Tile(rows, cols, 4))
-            float8_quantize._make_plan.cache_clear()
-            float8_quantize._make_amax_plan.cache_clear()
+            forget_plans()
 
         yield use
-        float8_quantize._make_plan.cache_clear()
-        float8_quantize._make_amax_plan.cache_clear()
+        forget_plans()
 
     @pytest.mark.parametrize("layout", LAYOUTS)
     @pytest.mark.parametrize("shape", ((2, 32, 64), (2, 3, 40, 72), (3, 19, 37), (1, 1), (16, 16)))
@@ -400,6 +412,23 @@ class TestInterpreted:
             x, "e4m3", rowwise=True, transposed=True, amax_reduction_group=object()
         )
         assert_codes(outputs, x, torch.ones(1), "e4m3", (True, True))
+
+    @pytest.mark.parametrize("strides", (None, (4096, 64, 1)))
+    def test_a_pair_has_the_amaxes_of_each(self, strides, small_tiles):
+        """Whole tiles without gaps and not, and more tiles than programs."""
+        small_tiles()
+        x, y = torch.randn(3, 32, 64), 5 * torch.randn(2, 20, 33)
+        if strides is not None:
+            x = torch.randn(3 * 4096).as_strided((3, 32, 64), strides)
+        casts = [
+            float8_quantize.find_cast(z, "e4m3", rowwise=True, transposed=True) for z in (x, y)
+        ]
+        amaxes = float8_quantize.AmaxPair(*casts).find(x, y)
+        for z, cast, found in zip((x, y), casts, amaxes):
+            assert torch.equal(found.amax(0, keepdim=True), quantizers.tensor_amax(z))
+            outputs = cast.with_own_scale(z, amaxes=found)
+            for mine, alone in zip(outputs, cast.with_own_scale(z)):
+                assert torch.equal(mine, alone)
 
     def test_current_reduces_the_amax_over_the_group(self, monkeypatch):
         calls = []

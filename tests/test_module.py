@@ -441,13 +441,13 @@ def test_inference_makes_one_copy_of_each(recipe, how, monkeypatch):
 def test_each_tensor_is_read_once_and_as_it_is_stored(recipe, name, monkeypatch):
     """No high-precision copy is made of a transposed or repeated input: its own memory is quantized."""
     read = []
-    quantize = quantized_operand.quantize
+    for quantize in (quantized_operand.quantize, quantized_operand.cast_blocks):
 
-    def record(x, quantizer):
-        read.append(x)
-        return quantize(x, quantizer)
+        def record(x, *arguments, quantize=quantize, **options):
+            read.append(x)
+            return quantize(x, *arguments, **options)
 
-    monkeypatch.setattr(quantized_operand, "quantize", record)
+        monkeypatch.setattr(quantized_operand, quantize.__name__, record)
     shapes = {"a.mT": ((2, 64, 32), (2, 64, 96)), "b.mT": ((2, 32, 64), (2, 96, 64))}
     shapes["both.mT"], shapes["a expanded"] = ((2, 64, 32), (2, 96, 64)), ((32, 64), (4, 64, 96))
     a_shape, b_shape = shapes.get(name, BLOCKS[:2])

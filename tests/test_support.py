@@ -52,13 +52,31 @@ def test_formats_without_engine_are_refused_everywhere(emulate, force):
             support.find_engine("nvfp4", device, emulate=emulate, force_reference=force)
 
 
-def test_128_blocks_run_decoded_and_only_emulated():
+def test_128_blocks_run_on_hopper_as_mxfp8_on_blackwell_and_decoded_elsewhere():
     for device in (CPU, *GPUS):
+        native = {(9, 0): "blockwise", (10, 0): "mxfp8", (10, 3): "mxfp8"}.get(device.capability)
         for force in (False, True):
             found = support.find_engine("float8_block", device, emulate=True, force_reference=force)
-            assert found == "decoded"
-        with pytest.raises(UnsupportedError, match="128-block scales for single.*emulate"):
+            assert found == (native if native and not force else "decoded")
+        if native:
+            assert support.find_engine("float8_block", device, emulate=False) == native
+            continue
+        with pytest.raises(UnsupportedError, match="128-block scales is for.*Hopper.*emulate"):
             support.find_engine("float8_block", device, emulate=False)
+
+
+def test_plain_128_block_products_run_on_hopper_and_the_cpu():
+    for device in (CPU, *GPUS):
+        forced = support.find_groupwise_engine(device, emulate=True, force_reference=True)
+        assert forced == "reference"
+        if device is CPU or device.capability == (9, 0):
+            engine = "reference" if device is CPU else "blockwise"
+            for emulate in (False, True):
+                assert support.find_groupwise_engine(device, emulate=emulate) == engine
+            continue
+        assert support.find_groupwise_engine(device, emulate=True) == "reference"
+        with pytest.raises(UnsupportedError, match="128-block scales.*Hopper.*emulate"):
+            support.find_groupwise_engine(device, emulate=False)
 
 
 @pytest.mark.parametrize(

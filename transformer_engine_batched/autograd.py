@@ -7,17 +7,36 @@ reads: FP8 codes, not the inputs. Must not know of modules and recipes; it is gi
 
 from __future__ import annotations
 
-from contextlib import ExitStack, contextmanager
-from typing import Callable, Iterator, NamedTuple, Optional
+from contextlib import ExitStack, nullcontext
+from typing import Callable, ContextManager, NamedTuple, Optional
 
 import torch
+from torch.autograd import forward_ad
 
 from . import autotuning
 from .emulation import Emulation, current_emulation, emulate
-from .gemm import multiply_codes
+from .gemm import find_launch, multiply_codes
+from .memory_layout import Strides, arrange, find_layout
 from .operands import broadcast_shapes
-from .quantized_operand import Copies, Copy, dequantize, plain_operand, quantize_operand, trim
-from .te_interop import HIGH_PRECISION_DTYPES, Codes, Quantizer, is_quantized, logical_shape
+from .plan import current_sm_count
+from .quantized_operand import (
+    Copies,
+    Copy,
+    FusedCast,
+    dequantize,
+    find_quantize,
+    plain_operand,
+    quantize_operand,
+    trim,
+)
+from .te_interop import (
+    HIGH_PRECISION_DTYPES,
+    Quantizer,
+    cast_settings,
+    is_quantized,
+    logical_shape,
+)
+from .warm_product import WarmProduct
 
 
 class Quantization(NamedTuple):
@@ -48,13 +67,39 @@ class Quantization(NamedTuple):
 
 
 def differentiable_matmul(
-    a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype, quantization: Quantization
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out_dtype: torch.dtype,
+    quantization: Quantization,
+    out_strides: Optional[Strides] = None,
 ) -> torch.Tensor:
-    """``a @ b`` with gradients; operands of at least 2 dims."""
-    if not torch.is_grad_enabled():
-        # `needs_input_grad` does not know of no_grad, and would have copies made for a backward.
-        a, b = a.detach(), b.detach()
-    return _BatchedMatmul.apply(a, b, out_dtype, quantization)
+    """``a @ b`` with gradients; operands of at least 2 dims, a contiguous result or one of `out_strides`."""
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        # Refused there, with or without gradients.
+        return _BatchedMatmul.apply(a, b, out_dtype, quantization, out_strides)
+    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
+        return _apply(a, b, out_dtype, quantization, out_strides)
+    return multiply(a, b, out_dtype, quantization, False, False, out_strides).out
+
+
+class Forward(NamedTuple):
+    """A product, and what its gradients will read.
+
+    Parameters
+    ----------
+    out : torch.Tensor
+    tensors : tuple
+        Data and `scale_inv` of a along its rows, and of b along its last dim; None where no gradient needs it.
+    hollows : tuple
+        For a and for b, what puts `tensors` together again; None where no gradient needs it.
+    operands : tuple
+        Of a and of b, what `compute_gradients` takes.
+    """
+
+    out: torch.Tensor
+    tensors: tuple[Optional[torch.Tensor], ...]
+    hollows: tuple[Optional[tuple], Optional[tuple]]
+    operands: tuple[tuple, tuple]
 
 
 def _detach_tensors(copies: Copies, copy: Optional[Copy]) -> tuple[list, Optional[tuple]]:
@@ -73,15 +118,23 @@ def _attach_tensors(tensors: list, hollow: Optional[tuple]) -> Optional[tuple[in
     return rows, cols, Copy(codes._replace(data=tensors[0], scale_inv=tensors[1]), transposed)
 
 
-@contextmanager
-def _as_in_forward(emulation: Emulation, is_autotuning: bool) -> Iterator[None]:
+def _current_state() -> tuple[Emulation, bool]:
+    """The switches that a backward needs as they were in forward."""
+    return current_emulation(), autotuning.is_active()
+
+
+def _as_in_forward(state: tuple[Emulation, bool]) -> ContextManager[None]:
+    """A context with the switches of `_current_state`."""
     # Backward runs in threads of autograd's own, which do not see the switches of the forward's thread.
-    with ExitStack() as stack:
-        if emulation.enabled:
-            stack.enter_context(emulate(engine="reference" if emulation.force_reference else None))
-        if is_autotuning:
-            stack.enter_context(autotuning.autotune())
-        yield
+    if state == _current_state():
+        return nullcontext()
+    emulation, is_autotuning = state
+    stack = ExitStack()
+    if emulation.enabled:
+        stack.enter_context(emulate(engine="reference" if emulation.force_reference else None))
+    if is_autotuning:
+        stack.enter_context(autotuning.autotune())
+    return stack
 
 
 class _BatchedMatmul(torch.autograd.Function):
@@ -94,45 +147,29 @@ class _BatchedMatmul(torch.autograd.Function):
         b: torch.Tensor,
         out_dtype: torch.dtype,
         quantization: Quantization,
+        out_strides: Optional[Strides],
     ) -> torch.Tensor:
         # pylint: disable=missing-function-docstring
         needs_a, needs_b = ctx.needs_input_grad[:2]
-        ctx.shapes = tuple(tuple(logical_shape(x) if is_quantized(x) else x.shape) for x in (a, b))
-        # Padding of the codes would hide it.
-        if ctx.shapes[0][-1] != ctx.shapes[1][-2]:
-            raise ValueError(
-                f"operands a {list(ctx.shapes[0])} and b {list(ctx.shapes[1])}: the contracted sizes differ, "
-                f"{ctx.shapes[0][-1]} of a and {ctx.shapes[1][-2]} of b"
-            )
-        ctx.dtypes = a.dtype, b.dtype
+        out, tensors, ctx.hollows, ctx.operands = multiply(
+            a, b, out_dtype, quantization, needs_a, needs_b, out_strides
+        )
+        ctx.save_for_backward(*tensors)
         ctx.quantization = quantization
-        ctx.state = current_emulation(), autotuning.is_active()
-        left = _prepare_operand(
-            a, quantization.a, quantization, "a", along_last=True, along_rows=needs_b
-        )
-        right = _prepare_operand(
-            b, quantization.b, quantization, "b", along_last=needs_a, along_rows=True
-        )
-        out = _multiply(
-            (left.rows, left.cols, left.along_last),
-            (right.rows, right.cols, right.along_rows),
-            out_dtype,
-            quantization.split_forward,
-        )
-        # Where both operands repeat an item, one product served for all of them.
-        batch_shape = broadcast_shapes(ctx.shapes[0][:-2], ctx.shapes[1][:-2])
-        if tuple(out.shape[:-2]) != batch_shape:
-            out = out.expand(*batch_shape, *out.shape[-2:]).contiguous()
-        a_tensors, ctx.hollow_a = _detach_tensors(left, left.along_rows if needs_b else None)
-        b_tensors, ctx.hollow_b = _detach_tensors(right, right.along_last if needs_a else None)
-        ctx.save_for_backward(*a_tensors, *b_tensors)
+        ctx.state = _current_state()
         return out
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor) -> tuple:
         # pylint: disable=missing-function-docstring
-        with torch.no_grad():
-            grads = _compute_gradients(ctx, grad_output)
+        tensors = ctx.saved_tensors
+        a_saved = _attach_tensors(tensors[:2], ctx.hollows[0])
+        b_saved = _attach_tensors(tensors[2:], ctx.hollows[1])
+        arguments = (grad_output, a_saved, b_saved, ctx.operands, ctx.quantization)
+        with torch.no_grad(), _as_in_forward(ctx.state):
+            grads = compute_gradients(*arguments)
+            if ctx.quantization.after_backward is not None:
+                ctx.quantization.after_backward()
         if torch.is_grad_enabled():
             # A second derivative must fail, not miss this part; torch's once_differentiable lets it pass
             # where grad_output needs no gradient.
@@ -141,62 +178,157 @@ class _BatchedMatmul(torch.autograd.Function):
                 len(grads),
             )
             grads = node(*(None if g is None else g.requires_grad_() for g in grads))
-        return (*grads, None, None)
+        return (*grads, None, None, None)
 
 
-def _compute_gradients(
-    ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
+# `_BatchedMatmul.apply` without what torch.func needs around it.
+_apply = super(torch.autograd.Function, _BatchedMatmul).apply
+
+
+def _describe(x: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, Optional[Strides]]:
+    if is_quantized(x):
+        return logical_shape(x), x.dtype, None
+    return x.shape, x.dtype, find_layout(x)
+
+
+def multiply(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out_dtype: torch.dtype,
+    quantization: Quantization,
+    needs_a: bool,
+    needs_b: bool,
+    out_strides: Optional[Strides] = None,
+) -> Forward:
+    """``a @ b``, and both operands with the copies that the gradients needed will read."""
+    key = None
+    if quantization.a is not None and not (is_quantized(a) or is_quantized(b)):
+        device_index = a.get_device()
+        key = (
+            a.shape, a.stride(), a.dtype, a.data_ptr() % 16, device_index,
+            b.shape, b.stride(), b.dtype, b.data_ptr() % 16, b.get_device(),
+            out_dtype, needs_a, needs_b,
+            cast_settings(quantization.a), cast_settings(quantization.b), quantization.split_forward,
+            current_emulation(), current_sm_count(device_index) if device_index >= 0 else 0,
+        )  # fmt: skip
+        known = _warm_products.get(key)
+        if known is not None:
+            product, *described = known
+            return Forward(*product(a, b, quantization.a, quantization.b, out_strides), *described)
+    shape_a = logical_shape(a) if is_quantized(a) else a.shape
+    shape_b = logical_shape(b) if is_quantized(b) else b.shape
+    # Padding of the codes would hide it.
+    if shape_a[-1] != shape_b[-2]:
+        raise ValueError(
+            f"operands a {list(shape_a)} and b {list(shape_b)}: the contracted sizes differ, {shape_a[-1]} of a "
+            f"and {shape_b[-2]} of b"
+        )
+    if quantization.a is None:
+        left, right = _keep(a), _keep(b)
+    else:
+        left = quantize_operand(a, quantization.a, "a", along_last=True, along_rows=needs_b)
+        right = quantize_operand(b, quantization.b, "b", along_last=needs_a, along_rows=True)
+    product = _multiply(
+        (left.rows, left.cols, left.along_last),
+        (right.rows, right.cols, right.along_rows),
+        out_dtype,
+        quantization.split_forward,
+    )
+    # Where both operands repeat an item, one product served for all of them.
+    out_shape = (*broadcast_shapes(shape_a[:-2], shape_b[:-2]), left.rows, right.cols)
+    out = arrange(product if product.shape == out_shape else product.expand(out_shape), out_strides)
+    if key is not None:
+        _remember_product(key, (a, b), (left, right), out, quantization, (needs_a, needs_b))
+    a_tensors, a_hollow = _detach_tensors(left, left.along_rows if needs_b else None)
+    b_tensors, b_hollow = _detach_tensors(right, right.along_last if needs_a else None)
+    operands = _describe(a), _describe(b)
+    return Forward(out, (*a_tensors, *b_tensors), (a_hollow, b_hollow), operands)
+
+
+# Signature of a product -> (the product, hollows, operands). Cleared when full: ragged workloads see many shapes, few of
+# them again.
+_MAX_WARM_PRODUCTS = 4096
+_warm_products: dict[tuple, tuple[WarmProduct, tuple, tuple]] = {}
+
+
+def _remember_product(
+    key: tuple,
+    operands: tuple[torch.Tensor, torch.Tensor],
+    copies: tuple[Copies, Copies],
+    out: torch.Tensor,
+    quantization: Quantization,
+    needs: tuple[bool, bool],
+) -> None:
+    """Keeps the launches of a product for the next one of its signature, if two casts and a launch are all of it."""
+    (a, b), (left, right), (needs_a, needs_b) = operands, copies, needs
+    a_cast = find_quantize(a, quantization.a, True, needs_b)
+    b_cast = find_quantize(b, quantization.b, needs_a, True)
+    if not (isinstance(a_cast, FusedCast) and isinstance(b_cast, FusedCast)):
+        return
+    a_copy, b_copy = left.along_last, right.along_rows
+    launch = find_launch(
+        a_copy.codes, a_copy.transposed, b_copy.codes, b_copy.transposed, out.dtype,
+        quantization.split_forward,
+    )  # fmt: skip
+    hollows = (
+        _detach_tensors(left, left.along_rows if needs_b else None)[1],
+        _detach_tensors(right, right.along_last if needs_a else None)[1],
+    )
+    if len(_warm_products) >= _MAX_WARM_PRODUCTS:
+        _warm_products.clear()
+    product = WarmProduct(a_cast, b_cast, launch, tuple(out.shape))
+    _warm_products[key] = product, hollows, (_describe(a), _describe(b))
+
+
+def compute_gradients(
+    grad_output: torch.Tensor,
+    a_saved: Optional[tuple[int, int, Copy]],
+    b_saved: Optional[tuple[int, int, Copy]],
+    operands: tuple[tuple, tuple],
+    quantization: Quantization,
 ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
-    """Gradients of a and b, None where not needed."""
-    quantization = ctx.quantization
-    tensors = ctx.saved_tensors
-    a_saved = _attach_tensors(tensors[:2], ctx.hollow_a)
-    b_saved = _attach_tensors(tensors[2:], ctx.hollow_b)
+    """Gradients of a and b, None where not needed.
+
+    Parameters
+    ----------
+    a_saved, b_saved : tuple, optional
+        Rows, columns and copy (along the rows of a, along the last dim of b); None if no gradient reads it.
+    operands : tuple
+        (shape, dtype, strides of the gradient or None) of a and of b.
+    """
     grad_a = grad_b = None
-    if not quantization.is_enabled:
+    if quantization.a is None:
         saved = a_saved or b_saved
-        grad_output = grad_output.to(saved[2].codes.data.dtype)
-    with _as_in_forward(*ctx.state):
-        grad = _prepare_operand(
+        grad = plain_operand(grad_output.to(saved[2].codes.data.dtype))
+    else:
+        grad = quantize_operand(
             grad_output,
             quantization.grad_output,
-            quantization,
             "grad_output",
             along_last=b_saved is not None,
             along_rows=a_saved is not None,
         )
-        batch_shape = tuple(grad_output.shape[:-2])
-        if b_saved is not None:
-            grad_a = _multiply_gradient(
-                (grad.rows, grad.cols, grad.along_last),
-                _transpose(b_saved),
-                (ctx.shapes[0], batch_shape, ctx.dtypes[0]),
-                quantization.split_grad_a,
-            )
-        if a_saved is not None:
-            grad_b = _multiply_gradient(
-                _transpose(a_saved),
-                (grad.rows, grad.cols, grad.along_rows),
-                (ctx.shapes[1], batch_shape, ctx.dtypes[1]),
-                quantization.split_grad_b,
-            )
-        if quantization.after_backward is not None:
-            quantization.after_backward()
+    batch_shape = grad_output.shape[:-2]
+    if b_saved is not None:
+        grad_a = _multiply_gradient(
+            (grad.rows, grad.cols, grad.along_last),
+            _transpose(b_saved),
+            (*operands[0], batch_shape),
+            quantization.split_grad_a,
+        )
+    if a_saved is not None:
+        grad_b = _multiply_gradient(
+            _transpose(a_saved),
+            (grad.rows, grad.cols, grad.along_rows),
+            (*operands[1], batch_shape),
+            quantization.split_grad_b,
+        )
     return grad_a, grad_b
 
 
-def _prepare_operand(
-    x: torch.Tensor,
-    quantizer: Optional[Quantizer],
-    quantization: Quantization,
-    name: str,
-    *,
-    along_last: bool,
-    along_rows: bool,
-) -> Copies:
-    if not quantization.is_enabled:
-        return plain_operand(dequantize(x) if is_quantized(x) else x)
-    return quantize_operand(x, quantizer, name, along_last=along_last, along_rows=along_rows)
+def _keep(x: torch.Tensor) -> Copies:
+    """An operand in high precision."""
+    return plain_operand(dequantize(x) if is_quantized(x) else x)
 
 
 def _transpose(x: tuple[int, int, Copy]) -> tuple[int, int, Copy]:
@@ -210,10 +342,10 @@ def _multiply(
     out_dtype: torch.dtype,
     use_split_accumulator: bool,
 ) -> torch.Tensor:
-    """``left @ right`` without the padding of their codes."""
+    """``left @ right``, a view without the padding of their codes."""
     rows, cols = left[0], right[1]
     left_copy, right_copy = left[2], right[2]
-    if left_copy.sizes()[1] != right_copy.sizes()[0]:
+    if left_copy.cols != right_copy.rows:
         # One is padded and the other, which came quantized, is not.
         left_copy, right_copy = trim(left_copy, left[0], left[1]), trim(right_copy, *right[:2])
     out = multiply_codes(
@@ -224,25 +356,28 @@ def _multiply(
         out_dtype,
         use_split_accumulator,
     )
-    if out.shape[-2:] != (rows, cols):
-        out = out[..., :rows, :cols].contiguous()
-    return out
+    return out if out.shape[-2:] == (rows, cols) else out[..., :rows, :cols]
 
 
 def _multiply_gradient(
     left: tuple[int, int, Copy],
     right: tuple[int, int, Copy],
-    target: tuple[tuple[int, ...], tuple[int, ...], torch.dtype],
+    target: tuple[tuple[int, ...], torch.dtype, Optional[Strides], tuple[int, ...]],
     use_split_accumulator: bool,
 ) -> torch.Tensor:
-    """A gradient of the shape and dtype of its input, summed over the dims along which it was broadcast."""
-    shape, batch_shape, dtype = target
-    is_reduced = tuple(shape[:-2]) != batch_shape
+    """A gradient of the shape and dtype of its input, summed over the dims along which it was broadcast.
+
+    `target` is that shape and dtype, strides if it shall not be contiguous, and the batch shape of the output.
+    """
+    shape, dtype, strides, batch_shape = target
+    is_reduced = shape[:-2] != batch_shape
     # Sums over items are of FP32 products: rounding each of them first would be an error of its own.
     product_dtype = torch.float32 if is_reduced or dtype not in HIGH_PRECISION_DTYPES else dtype
     grad = _multiply(left, right, product_dtype, use_split_accumulator)
+    if grad.shape == shape and grad.dtype is dtype:
+        return arrange(grad, strides)
     # The batch of the product is that of the output unless both factors were broadcast there.
-    full = broadcast_shapes(batch_shape, tuple(grad.shape[:-2]))
+    full = broadcast_shapes(tuple(batch_shape), tuple(grad.shape[:-2]))
     if tuple(grad.shape[:-2]) != full:
         grad = grad.expand(*full, *grad.shape[-2:])
-    return grad.sum_to_size(shape).to(dtype)
+    return arrange(grad.sum_to_size(shape).to(dtype), strides)

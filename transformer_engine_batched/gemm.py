@@ -15,6 +15,8 @@ from typing import Callable, NamedTuple, Optional
 import torch
 
 from . import _C
+from .block_conversion import convert_to_mxfp8
+from .blockwise_plan import BlockwiseLaunch
 from .emulation import Emulation, current_emulation
 from .errors import UnsupportedError
 from .launch import EmptyLaunch, Extras, Input, Launch, Output
@@ -26,7 +28,7 @@ from .operands import (
 )
 from .plan import current_sm_count, describe_device
 from .quantize import quantize
-from .reference.decoding import decode_blockwise, decode_mxfp8
+from .reference.decoding import decode_blockwise, decode_item_blocks, decode_mxfp8
 from .reference.product import TORCH_DTYPES
 from .support import HIGH_PRECISION, check_fp8_pair, find_engine, supports_non_tn
 from .te_interop import (
@@ -54,8 +56,9 @@ _MAX_LAUNCHES = 4096
 _launches: dict[tuple, object] = {}
 
 
-# Stands for a launch where the decoded operands are multiplied as plain tensors.
+# Stand for launches of other operands: the decoded ones as plain tensors, and 128-blocks as MXFP8.
 _DECODED = object()
+_AS_MXFP8 = object()
 
 
 class _Side(NamedTuple):
@@ -230,11 +233,54 @@ def multiply_codes(
     use_split_accumulator: bool,
 ) -> torch.Tensor:
     """``left @ right`` of operands that are described already, as differentiable products have them."""
-    return _multiply(
-        (left.data, "a", left_transposed, left),
-        (right.data, "b", right_transposed, right),
-        left.data, out_dtype, None, False, 1.0, None, False, None, None, use_split_accumulator, None,
+    launch = find_launch(
+        left, left_transposed, right, right_transposed, out_dtype, use_split_accumulator
+    )
+    if launch is None:
+        return _multiply(
+            (left.data, "a", left_transposed, left),
+            (right.data, "b", right_transposed, right),
+            left.data, out_dtype, None, False, 1.0, None, False, None, None, use_split_accumulator, None,
+        )  # fmt: skip
+    try:
+        return launch.run(left.data, right.data, left.scale_inv, right.scale_inv)
+    except _C.NotSupportedError as error:
+        raise UnsupportedError(str(error)) from error
+
+
+def find_launch(
+    left: Codes,
+    left_transposed: bool,
+    right: Codes,
+    right_transposed: bool,
+    out_dtype: torch.dtype,
+    use_split_accumulator: bool,
+) -> Optional[Launch]:
+    """The launch of `multiply_codes`, for all codes of this signature; None if others are multiplied in their place.
+
+    `_multiply` without what such products have none of: a shorter signature, and no checks of arguments.
+    """
+    left_data, right_data = left.data, right.data
+    device_index = left_data.get_device()
+    emulation = current_emulation()
+    allow_tf32 = left.fmt == "fp32" and torch.backends.cuda.matmul.allow_tf32
+    key = (
+        left[:2], left[4:], left_transposed,
+        left_data.shape, left_data.stride(), left_data.data_ptr() % 16,
+        right[:2], right[4:], right_transposed,
+        right_data.shape, right_data.stride(), right_data.data_ptr() % 16,
+        device_index, right_data.get_device(), out_dtype, use_split_accumulator, allow_tf32, emulation,
+        current_sm_count(device_index) if device_index >= 0 else 0,
     )  # fmt: skip
+    launch = _launches.get(key)
+    if launch is None:
+        sides = (
+            _Side(left_data, "a", left_transposed, left),
+            _Side(right_data, "b", right_transposed, right),
+        )
+        extras = Extras(fast_accumulation=not use_split_accumulator, allow_tf32=allow_tf32)
+        launch = _remember(key, _prepare(*sides, out_dtype, None, None, None, extras, emulation))
+    return None if launch is _DECODED or launch is _AS_MXFP8 else launch
 
 
 def _multiply(
@@ -327,10 +373,10 @@ def _multiply(
         )
     if out is not None:
         _check_aliasing(out, left, right, bias)
-    if launch is _DECODED:
-        values = _decode_both(_Side(*left), _Side(*right))
+    if launch is _DECODED or launch is _AS_MXFP8:
+        replace_both = _decode_both if launch is _DECODED else _convert_both
         return _multiply(
-            *values, nominal, out_dtype, quantizer, gelu, alpha, beta if accumulate else None,
+            *replace_both(_Side(*left), _Side(*right)), nominal, out_dtype, quantizer, gelu, alpha, beta if accumulate else None,
             accumulate, out, bias, use_split_accumulator, autotune, False,
         )  # fmt: skip
     arguments = (
@@ -390,7 +436,7 @@ def _prepare(
     extras: Extras,
     emulation: Emulation,
 ) -> object:
-    """Checks everything that the signature of a call decides; its `Launch`, `EmptyLaunch` or `_DECODED`."""
+    """Checks everything that the signature of a call decides; its `Launch` (or one called alike), `_DECODED` or `_AS_MXFP8`."""
     for side in (left, right):
         if len(side.codes.data.shape) < 2:
             raise ValueError(
@@ -443,6 +489,18 @@ def _prepare(
         return EmptyLaunch(out_shape, out_dtype, extras.gelu)
     if engine == "decoded":
         return _DECODED
+    if engine == "mxfp8":
+        return _AS_MXFP8
+    if engine == "blockwise":
+        return BlockwiseLaunch.prepare(
+            (left.codes, right.codes),
+            (a, b),
+            (not left.transposed, right.transposed),
+            batch_shape=batch_shape,
+            out_dtype=HIGH_PRECISION_DTYPES[out_dtype],
+            gelu=extras.gelu,
+            sm_count=current_sm_count(device.index or 0),
+        )
     return Launch.prepare(
         fmt=fmt,
         engine=engine,
@@ -683,9 +741,20 @@ def _decode_both(left: _Side, right: _Side) -> tuple[tuple, tuple]:
     )
 
 
+def _convert_both(left: _Side, right: _Side) -> tuple[tuple, tuple]:
+    """Operands with 128-blocks as MXFP8 operands."""
+    sides = []
+    for side in (left, right):
+        codes, transposed = convert_to_mxfp8(side.codes, side.transposed, side.name)
+        sides.append((codes.data, side.name, transposed, codes))
+    return tuple(sides)
+
+
 def decode_codes(codes: Codes) -> torch.Tensor:
     """Values of block-scaled codes: BF16 where that is exact, else FP32."""
     fp8 = TORCH_DTYPES[codes.dtype]
+    if codes.item_blocks:
+        return decode_item_blocks(codes.data, codes.scale_inv, fp8, square=codes.square)
     if codes.fmt == "float8_block":
         return decode_blockwise(
             codes.data, codes.scale_inv, fp8, square=codes.square, transposed=codes.moved_last_dim

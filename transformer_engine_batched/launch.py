@@ -15,6 +15,7 @@ from typing import Callable, Optional
 import torch
 
 from .block_scales import item_scales
+from .kernels.memory import empty_strided
 from .operands import (
     FoldedBatch,
     Operand,
@@ -114,6 +115,7 @@ class Launch:
     scales_a: Optional[Callable[[torch.Tensor], torch.Tensor]]
     scales_b: Optional[Callable[[torch.Tensor], torch.Tensor]]
     out_shape: tuple[int, ...]
+    out_strides: tuple[int, ...]
     out_dtype: torch.dtype
     buffer_shape: Optional[tuple[int, ...]]  # of the buffer that D is cut from, if it is not `out`
     buffer_dtype: torch.dtype
@@ -243,6 +245,7 @@ class Launch:
             scales_a=_make_scales(a, batch_shape),
             scales_b=_make_scales(b, batch_shape),
             out_shape=(*batch_shape, m, n),
+            out_strides=contiguous_strides((*batch_shape, m, n)),
             out_dtype=torch.uint8 if fp8_output else TORCH_DTYPES[out.dtype],
             buffer_shape=None if is_direct else d_shape,
             buffer_dtype=torch.uint8 if fp8_output else TORCH_DTYPES[d_dtype],
@@ -289,7 +292,9 @@ class Launch:
         """
         if self.is_simple:
             if out is None:
-                out = a.new_empty(self.out_shape, dtype=self.buffer_dtype)
+                out = empty_strided(
+                    self.out_shape, self.out_strides, self.buffer_dtype, a.get_device()
+                )
             scales = (0, 0)
             if scale_inv_a is not None:
                 scales = (scale_inv_a.data_ptr(), scale_inv_b.data_ptr())

@@ -7,17 +7,19 @@ Input: torch tensors or TE quantized tensors. The arithmetic is `autograd`'s.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Callable, Optional
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from . import compiled_product
 from .autograd import Quantization, differentiable_matmul
 from .errors import UnsupportedError
 from .gemm import bmm as multiply
 from .recipe_module import RecipeModule, check_recipe, is_stateless
 from .te_interop import (
     HIGH_PRECISION_DTYPES,
+    Recipe,
     accumulator_settings,
     active_recipe,
     is_quantized,
@@ -56,8 +58,8 @@ class BatchedMatmul(RecipeModule):
     A NaN or infinity in an operand: see `quantize`. Per-tensor scales ignore NaN and saturate infinity, so
     that NaN stays in the rows and columns that it touches.
 
-    Double backward is not supported and raises. Under torch.compile the module runs as it is, between two
-    graphs (a graph break). A plain CUDA graph leaves the update of gradients' scales to its owner, as with
+    Double backward is not supported and raises. torch.compile keeps the product in its graph with recipes that
+    keep no state; with `DelayedScaling` and `CustomRecipe` it runs between two graphs. A plain CUDA graph leaves the update of gradients' scales to its owner, as with
     TE's own modules; `te.make_graphed_callables` does it.
 
     TE updates the scales of all delayed-scaling modules of the process when a region ends.
@@ -76,7 +78,6 @@ class BatchedMatmul(RecipeModule):
     ((4, 32, 48), (4, 32, 64))
     """
 
-    @torch.compiler.disable(reason="the product is not a traceable operator yet")
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """``a @ b`` with torch.matmul's shapes and broadcasting.
 
@@ -92,6 +93,17 @@ class BatchedMatmul(RecipeModule):
         torch.Tensor
             ``[*batch, M, N]`` in the dtype of `a`, or that of torch.autocast.
         """
+        if torch.compiler.is_compiling():
+            reason = compiled_product.why_not_traceable(a, b)
+            if reason is not None:
+                return run_between_graphs(reason, self._forward, a, b)
+            recipe = active_recipe()
+            if recipe is not None:
+                check_recipe(recipe)
+            return _multiply_in_graph(a, b, None, recipe)
+        return self._forward(a, b)
+
+    def _forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         a, b, squeeze = _prepare_operands(a, b)
         self._begin_forward(a)
         try:
@@ -106,7 +118,6 @@ class BatchedMatmul(RecipeModule):
         return f"name={self.name!r}"
 
 
-@torch.compiler.disable(reason="the product is not a traceable operator yet")
 def bmm(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -148,6 +159,28 @@ def bmm(
     >>> tuple(a.grad.shape)
     (3, 8, 32)
     """
+    if torch.compiler.is_compiling():
+        reason = compiled_product.why_not_traceable(a, b)
+        if options:
+            reason = f"{', '.join(sorted(options))} of bmm are not traced"
+        if reason is None:
+            recipe = active_recipe()
+            if recipe is not None:
+                check_recipe(recipe)
+            return _multiply_in_graph(a, b, out_dtype, recipe)
+        options |= {"out_dtype": out_dtype, "use_split_accumulator": use_split_accumulator}
+        return run_between_graphs(reason, _bmm, a, b, **options)
+    return _bmm(a, b, out_dtype=out_dtype, use_split_accumulator=use_split_accumulator, **options)
+
+
+def _bmm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    out_dtype: Optional[torch.dtype],
+    use_split_accumulator: bool,
+    **options: object,
+) -> torch.Tensor:
     recipe = active_recipe()
     needs_grad = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (a, b))
     if recipe is None and not needs_grad:
@@ -162,16 +195,7 @@ def bmm(
         )
     a, b, squeeze = _prepare_operands(a, b)
     if recipe is not None:
-        if not is_stateless(recipe):
-            raise UnsupportedError(
-                f"bmm under {type(recipe).__name__}, which keeps scales between steps, was asked for: make "
-                "a transformer_engine.pytorch.BatchedMatmul() for this product and call it, or use "
-                "Float8CurrentScaling or MXFP8BlockScaling"
-            )
-        check_recipe(recipe)
-        quantization = Quantization(
-            *make_stateless_quantizers(recipe, a.device), *accumulator_settings(recipe)
-        )
+        quantization = quantize_without_state(recipe, a.device, "bmm", "BatchedMatmul()")
     elif is_quantized(a) != is_quantized(b):
         with torch.no_grad():
             return multiply(a, b)  # refuses operands of different formats
@@ -189,6 +213,39 @@ def bmm(
     return out if squeeze is None else squeeze(out)
 
 
+def quantize_without_state(
+    recipe: Recipe, device: torch.device, function: str, module: str
+) -> Quantization:
+    """The quantization of a function under a recipe; one that keeps state wants the module named."""
+    if not is_stateless(recipe):
+        raise UnsupportedError(
+            f"{function} under {type(recipe).__name__}, which keeps scales between steps, was asked for: make "
+            f"a transformer_engine.pytorch.{module} for this product and call it, or use "
+            "Float8CurrentScaling or MXFP8BlockScaling"
+        )
+    check_recipe(recipe)
+    return Quantization(*make_stateless_quantizers(recipe, device), *accumulator_settings(recipe))
+
+
+def _multiply_in_graph(
+    a: torch.Tensor, b: torch.Tensor, out_dtype: Optional[torch.dtype], recipe: Optional[Recipe]
+) -> torch.Tensor:
+    a, b, squeeze = _prepare_operands(a, b)
+    out = compiled_product.differentiable_matmul(a, b, out_dtype or _activation_dtype(a), recipe)
+    return out if squeeze is None else squeeze(out)
+
+
+def run_between_graphs(reason: str, function: Callable, *arguments: object, **options: object):
+    """Calls a function where torch.compile cannot trace it: between two graphs, as TE's modules do."""
+    torch._dynamo.graph_break(msg=f"transformer_engine_batched: {reason}")
+    return _run_eagerly(function, *arguments, **options)
+
+
+@torch.compiler.disable
+def _run_eagerly(function: Callable, *arguments: object, **options: object):
+    return function(*arguments, **options)
+
+
 def _activation_dtype(x: torch.Tensor) -> torch.dtype:
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -196,8 +253,17 @@ def _activation_dtype(x: torch.Tensor) -> torch.dtype:
     return nominal_dtype(x)
 
 
-def _prepare_operands(a: torch.Tensor, b: torch.Tensor):
-    """Operands of at least two dims in the dtype of torch.autocast, and what squeezes the result, if needed."""
+def _is_plain_matrix(x: torch.Tensor) -> bool:
+    kind = type(x)
+    return (
+        (kind is torch.Tensor or kind is torch.nn.Parameter)
+        and x.dtype in HIGH_PRECISION_DTYPES
+        and x.dim() >= 2
+    )
+
+
+def check_operands(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Operands of a type that products take, in the dtype of torch.autocast."""
     for name, x in (("a", a), ("b", b)):
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"operand {name}: expected a torch.Tensor, got {type(x).__name__}")
@@ -211,13 +277,22 @@ def _prepare_operands(a: torch.Tensor, b: torch.Tensor):
                 f"operand {name} has dtype {x.dtype}: expected float32, float16, bfloat16 or a TE "
                 "quantized tensor"
             )
-        if x.dim() == 0:
-            raise ValueError(f"operand {name} is a scalar: expected at least 1 dim")
     kind = a.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         a = a if is_quantized(a) else a.to(dtype)
         b = b if is_quantized(b) else b.to(dtype)
+    return a, b
+
+
+def _prepare_operands(a: torch.Tensor, b: torch.Tensor):
+    """Operands of at least two dims in the dtype of torch.autocast, and what squeezes the result, if needed."""
+    if _is_plain_matrix(a) and _is_plain_matrix(b) and not torch.is_autocast_enabled(a.device.type):
+        return a, b, None
+    a, b = check_operands(a, b)
+    for name, x in (("a", a), ("b", b)):
+        if x.dim() == 0:
+            raise ValueError(f"operand {name} is a scalar: expected at least 1 dim")
     is_a_vector, is_b_vector = a.dim() == 1, b.dim() == 1
     if not (is_a_vector or is_b_vector):
         return a, b, None

@@ -18,20 +18,21 @@ from .te_interop import (
     Recipe,
     TransformerEngineBaseModule,
     accumulator_settings,
-    enter_forward_without_cuda,
+    enter_forward,
     has_other_format,
-    leave_forward_without_cuda,
+    leave_forward,
     meta_without_registration,
     point_history_buffers,
     recipe_states_on,
     remake_quantizers,
+    set_current_scaling_options,
     takes_first_module_turn,
     update_backward_scales,
     without_cuda,
 )
 
 # No recipe is this one.
-_UNKNOWN = ((None, None, None), Quantization())
+_UNKNOWN = (None, None, None, Quantization(), None)
 
 
 class RecipeModule(TransformerEngineBaseModule):
@@ -57,18 +58,11 @@ class RecipeModule(TransformerEngineBaseModule):
 
     def _begin_forward(self, x: torch.Tensor) -> None:
         """TE's bookkeeping before a forward on the device of `x`; `_end_forward` must follow."""
-        self.fast_setattr("_state_device", x.device)
-        if x.is_cuda:
-            # num_gemms, allow_non_contiguous, allow_different_data_and_param_types
-            self.prepare_forward(x, 1, True, True)
-        else:
-            enter_forward_without_cuda(self, x)
+        self.__dict__["_state_device"] = x.device
+        enter_forward(self, x)
 
     def _end_forward(self, x: torch.Tensor) -> None:
-        if x.is_cuda:
-            self.end_forward()
-        else:
-            leave_forward_without_cuda(self)
+        leave_forward(self, x)
 
     def _choose_quantization(self, a: torch.Tensor, b: torch.Tensor) -> Quantization:
         if not self.fp8:
@@ -79,17 +73,15 @@ class RecipeModule(TransformerEngineBaseModule):
         recipe = self.fp8_meta["recipe"]
         forward, backward = self.quantizers["scaling_fwd"], self.quantizers["scaling_bwd"]
         # TE makes new lists when a recipe or the length of its history changes.
-        known, quantization = self._known_quantization
+        known = self._known_quantization
         if known[0] is not recipe or known[1] is not forward or known[2] is not backward:
-            check_recipe(recipe)
-            quantization = Quantization(
-                forward[0], forward[1], backward[0], *accumulator_settings(recipe)
-            )
-            self.fast_setattr("_known_quantization", ((recipe, forward, backward), quantization))
-        if is_stateless(recipe) or not torch.is_grad_enabled():
+            known = _decide_quantization(recipe, forward, backward)
+            self.fast_setattr("_known_quantization", known)
+        _, _, _, quantization, with_update = known
+        if with_update is None or not torch.is_grad_enabled():
             return quantization
         if (a.requires_grad or b.requires_grad) and takes_first_module_turn():
-            return quantization._replace(after_backward=update_backward_scales)
+            return with_update
         return quantization
 
     def set_meta_tensor(self, fwd: bool, recipe: Recipe) -> None:
@@ -106,6 +98,8 @@ class RecipeModule(TransformerEngineBaseModule):
         with recipe_states_on(self._state_device):
             super().set_meta_tensor(fwd, recipe)
         self.fast_setattr("fp8_meta_tensors_initialized", is_initialized)
+        made = self.quantizers["scaling_fwd" if fwd else "scaling_bwd"]
+        set_current_scaling_options(recipe, *((made, ()) if fwd else ((), made)))
 
     def adjust_amax_history_length(self, length: int, fwd: Optional[bool] = None) -> None:
         """Changes the length of the amax histories of one direction or both; keeps their newest part."""
@@ -157,6 +151,16 @@ class RecipeModule(TransformerEngineBaseModule):
 
     def _get_weight_quantizers(self) -> list:
         return []
+
+
+def _decide_quantization(recipe: Recipe, forward: list, backward: list) -> tuple:
+    """(recipe, quantizers forward and backward, what to do, and for the module whose turn the update is)."""
+    check_recipe(recipe)
+    quantization = Quantization(forward[0], forward[1], backward[0], *accumulator_settings(recipe))
+    with_update = None
+    if not is_stateless(recipe):
+        with_update = quantization._replace(after_backward=update_backward_scales)
+    return recipe, forward, backward, quantization, with_update
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -61,7 +61,7 @@ CPU = Device("CPU")
 
 @dataclass(frozen=True)
 class Answer:
-    """An engine ("cublaslt" or "reference"), or None with the reason."""
+    """An engine ("cublaslt", "blockwise", "reference"; "mxfp8": that of MXFP8, after conversion), or None with the reason."""
 
     engine: Optional[str]
     reason: str = ""
@@ -79,10 +79,14 @@ def find_native_engine(fmt: str, device: Device) -> Answer:
     if fmt == "nvfp4":
         return Answer(None, "batched NVFP4 has no engine in this package yet")
     if fmt == "float8_block":
+        if device.capability == (9, 0):
+            return Answer("blockwise")
+        if device.is_cuda and _in_blackwell_family(device.capability):
+            return Answer("mxfp8")
         return Answer(
             None,
-            "cuBLASLt runs 128-block scales for single matrices only (strided batches: NOT_SUPPORTED), "
-            "and this package has no engine for them yet",
+            "the kernel for 128-block scales is for compute capability 9.0 (Hopper), Blackwell (10.x) takes them as "
+            "MXFP8, and cuBLASLt runs them for single matrices only",
         )
     if not device.is_cuda:
         return Answer(None, "FP8 tensor cores need a CUDA device")
@@ -103,12 +107,13 @@ def find_engine(fmt: str, device: Device, *, emulate: bool, force_reference: boo
     """The engine for a product, or an `UnsupportedError` with the reason and the way out.
 
     With `emulate`, a format that the device lacks runs with exact arithmetic: on the reference engine,
-    or, for MXFP8 on a CUDA device and for Float8 128-blocks everywhere, as a product of the decoded
+    or, for MXFP8 on a CUDA device and for Float8 128-blocks, as a product of the decoded
     operands in BF16 or FP32 ("decoded"). With `force_reference` everything runs on the reference engine,
     decoded operands, too.
     """
     if emulate and fmt == "float8_block":
-        return "decoded"
+        answer = find_native_engine(fmt, device)
+        return "decoded" if force_reference or answer.engine is None else answer.engine
     if emulate and force_reference and fmt != "nvfp4":
         return "reference"
     answer = find_native_engine(fmt, device)
@@ -150,6 +155,38 @@ def find_native_quantizer(fmt: str, device: Device) -> Answer:
             return Answer(None, "TE keeps Float8 128-blocks on compute capability 9.0 only")
         return Answer("te")
     return Answer(None, f"{FORMAT_TITLES[fmt]} operands have no batched product here yet")
+
+
+def find_groupwise_engine(device: Device, *, emulate: bool, force_reference: bool = False) -> str:
+    """Who multiplies plain FP8 tensors with 128-block scales: "blockwise" (Hopper) or "reference".
+
+    The reference is the engine of CPU tensors, which have no other; on other CUDA devices it asks for `emulate`.
+    """
+    if not device.is_cuda or emulate and force_reference:
+        return "reference"
+    if device.capability == (9, 0):
+        return "blockwise"
+    if emulate:
+        return "reference"
+    raise UnsupportedError(
+        f"a product of FP8 tensors with 128-block scales was asked for on {device.name}: the kernel is for compute "
+        "capability 9.0 (Hopper). To run it here with exact but slow arithmetic, do so inside "
+        "`with transformer_engine_batched.emulate():`."
+    )
+
+
+def find_block_caster(device: Device, *, emulate: bool, force_reference: bool = False) -> str:
+    """Who casts to FP8 with 128-blocks: the kernel ("triton"), or "reference" on a CPU and in `emulate()`."""
+    if not device.is_cuda or emulate and force_reference:
+        return "reference"
+    if device.capability >= (8, 9):
+        return "triton"
+    if emulate:
+        return "reference"
+    raise UnsupportedError(
+        f"a cast to FP8 was asked for on {device.name}: FP8 needs compute capability 8.9 or higher. To do it "
+        "with the exact reference, do so inside `with transformer_engine_batched.emulate():`."
+    )
 
 
 def supports_non_tn(fmt: str, device: Device) -> bool:

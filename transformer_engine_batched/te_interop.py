@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import os
 from contextlib import ExitStack, contextmanager
-from typing import Callable, Iterator, NamedTuple, Optional
+from typing import Callable, Iterator, NamedTuple, Optional, Sequence
 from unittest import mock
 
 import torch  # before TE: it loads the libraries that TE links to
 import transformer_engine.pytorch
 from transformer_engine.common.recipe import Recipe
-from transformer_engine.pytorch import quantization
+from transformer_engine.pytorch import distributed, quantization
 from transformer_engine.pytorch.constants import DType
 from transformer_engine.pytorch.distributed import (
     in_fp8_activation_recompute_phase,
@@ -82,6 +82,9 @@ class Codes(NamedTuple):
         Whether MXFP8 blocks run along the rows.
     square : bool
         Whether 128-block scales are of 128 x 128 elements, not of 1 x 128.
+    item_blocks : bool
+        Whether 128-blocks start anew in each item, and `scale_inv` is ``[*batch, rows or blocks of rows, blocks]``
+        of the matrices as stored; TE's belong to the flattened tensor.
     """
 
     fmt: str
@@ -92,6 +95,7 @@ class Codes(NamedTuple):
     swizzled: bool = False
     columnwise: bool = False
     square: bool = False
+    item_blocks: bool = False
 
 
 def is_quantized(x: object) -> bool:
@@ -299,9 +303,43 @@ def copy_quantizer(quantizer: Quantizer, rowwise: bool, columnwise: bool) -> Qua
     return result
 
 
+def make_quantizer_of_scale(like: Quantizer, scale: torch.Tensor) -> Float8Quantizer:
+    """A quantizer of the FP8 type of `like` with a given scale ``[1]``; its amax goes nowhere."""
+    return Float8Quantizer(
+        scale, torch.zeros_like(scale), like.dtype, rowwise=True, columnwise=True
+    )
+
+
 def has_square_blocks(quantizer: Quantizer) -> bool:
     """Whether scales are of 128 x 128 elements."""
     return isinstance(quantizer, Float8BlockQuantizer) and quantizer.block_scaling_dim == 2
+
+
+def block_scaling_options(quantizer: Float8BlockQuantizer) -> dict[str, object]:
+    """What decides scales and codes of a 128-block quantizer, as `block_cast.cast_blocks` takes it."""
+    return {
+        "square": has_square_blocks(quantizer),
+        "epsilon": quantizer.amax_epsilon,
+        "power_of_two": quantizer.force_pow_2_scales,
+    }
+
+
+def cast_settings(quantizer: Quantizer) -> tuple:
+    """What decides the codes that a quantizer writes, besides data and state: part of a signature."""
+    kind = type(quantizer)
+    if isinstance(quantizer, (Float8Quantizer, MXFP8Quantizer)):
+        return kind, int(quantizer.dtype)
+    if isinstance(quantizer, Float8CurrentScalingQuantizer):
+        return kind, int(quantizer.dtype), quantizer.amax_epsilon, quantizer.force_pow_2_scales
+    if isinstance(quantizer, Float8BlockQuantizer):
+        return (
+            kind,
+            int(quantizer.dtype),
+            quantizer.amax_epsilon,
+            quantizer.force_pow_2_scales,
+            quantizer.block_scaling_dim,
+        )
+    return (kind,)
 
 
 def current_scaling_options(quantizer: Float8CurrentScalingQuantizer) -> dict[str, object]:
@@ -309,10 +347,72 @@ def current_scaling_options(quantizer: Float8CurrentScalingQuantizer) -> dict[st
     return {
         "amax_epsilon": quantizer.amax_epsilon,
         "force_pow_2_scales": quantizer.force_pow_2_scales,
-        "amax_reduction_group": (
-            quantizer.amax_reduction_group if quantizer.with_amax_reduction else None
-        ),
     }
+
+
+def current_scaling_group(
+    quantizer: Float8CurrentScalingQuantizer,
+) -> Optional[torch.distributed.ProcessGroup]:
+    """The group that shares the amax of a current-scaling quantizer, if any."""
+    return quantizer.amax_reduction_group if quantizer.with_amax_reduction else None
+
+
+def encode_quantizer(quantizer: Quantizer) -> tuple[str, float]:
+    """A quantizer without state as text and its amax epsilon, which a compiled graph can hold."""
+    dtype = int(quantizer.dtype)
+    if isinstance(quantizer, MXFP8Quantizer):
+        return f"mxfp8 {dtype}", 0.0
+    flag = "1" if quantizer.force_pow_2_scales else "0"
+    # torch.compile may take a number for a symbol, and compiles a graph with float symbols twice.
+    epsilon = 0.0 if quantizer.amax_epsilon == 0.0 else quantizer.amax_epsilon
+    if isinstance(quantizer, Float8CurrentScalingQuantizer):
+        return f"current {dtype} {flag}", epsilon
+    dim = "2" if quantizer.block_scaling_dim == 2 else "1"
+    return f"block {dtype} {flag} {dim}", epsilon
+
+
+def decode_quantizer(text: str, amax_epsilon: float, device: torch.device) -> Quantizer:
+    """The quantizer that `encode_quantizer` was given."""
+    kind, dtype, *rule = text.split()
+    dtype = DType(int(dtype))
+    if kind == "mxfp8":
+        return MXFP8Quantizer(dtype)
+    settings = {"amax_epsilon": amax_epsilon, "force_pow_2_scales": rule[0] == "1"}
+    if kind == "current":
+        return Float8CurrentScalingQuantizer(dtype, device=device, **settings)
+    return Float8BlockQuantizer(
+        dtype, rowwise=True, columnwise=True, block_scaling_dim=int(rule[1]), **settings
+    )
+
+
+class Buffers(NamedTuple):
+    """One copy in TE's tensor: shape of its data, shape and dtype of its scales, and where the last dim went."""
+
+    data_shape: tuple[int, ...]
+    scale_shape: tuple[int, ...]
+    scale_dtype: torch.dtype
+    moved_last_dim: bool
+
+
+def describe_buffers(
+    quantizer: Quantizer, shape: tuple[int, ...], rowwise: bool, device: torch.device
+) -> Buffers:
+    """What a quantizer writes for a tensor of a shape (also a symbolic one): the row-wise copy or the other."""
+    if isinstance(quantizer, (Float8Quantizer, Float8CurrentScalingQuantizer)):
+        moved = not rowwise and keeps_transposed_copy(device)
+        data_shape = (shape[-1], *shape[:-1]) if moved else shape
+        return Buffers(data_shape, (1,), torch.float32, moved)
+    specs = copy_quantizer(quantizer, rowwise, not rowwise).inner_tensor_specs(shape)
+    side = "rowwise" if rowwise else "columnwise"
+    data_shape, _ = specs[f"_{side}_data"]
+    scale_shape, scale_dtype = specs[f"_{side}_scale_inv"]
+    moved = isinstance(quantizer, Float8BlockQuantizer) and not rowwise
+    return Buffers(data_shape, scale_shape, scale_dtype, moved)
+
+
+def is_calibrating() -> bool:
+    """Whether te.autocast only collects statistics."""
+    return FP8GlobalStateManager.is_fp8_calibration()
 
 
 # --- modules and recipes --------------------------------------------------------------------------------
@@ -349,7 +449,27 @@ def make_stateless_quantizers(recipe: Recipe, device: torch.device) -> tuple[Qua
     """Quantizers (a, b, grad_output) of a recipe that keeps no state."""
     forward = RecipeState.create(recipe, mode="forward", num_quantizers=3, device=device)
     backward = RecipeState.create(recipe, mode="backward", num_quantizers=2, device=device)
-    return (*forward.make_quantizers()[:2], backward.make_quantizers()[0])
+    a, b, _ = forward.make_quantizers()
+    grad_output = backward.make_quantizers()[0]
+    set_current_scaling_options(recipe, (a, b), (grad_output,))
+    return a, b, grad_output
+
+
+def set_current_scaling_options(
+    recipe: Recipe, forward: Sequence[Quantizer], backward: Sequence[Quantizer]
+) -> None:
+    """Gives quantizers (a, b, ...; grad_output, ...) the options that TE's modules set, not its recipe states.
+
+    As TE's Linear does for its input, weight and gradient
+    (`_customize_quantizers_float8_current_scaling`).
+    """
+    if not recipe.float8_current_scaling():
+        return
+    options = (recipe.fp8_quant_fwd_inp, recipe.fp8_quant_fwd_weight)
+    pairs = [*zip(forward, options), *zip(backward, (recipe.fp8_quant_bwd_grad,))]
+    for quantizer, option in pairs:
+        quantizer.force_pow_2_scales = option.power_2_scale
+        quantizer.amax_epsilon = option.amax_epsilon
 
 
 def takes_first_module_turn() -> bool:
@@ -370,6 +490,68 @@ def update_backward_scales() -> None:
     if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
         return
     FP8GlobalStateManager.reduce_and_update_fp8_tensors(forward=False)
+
+
+def enter_forward(module: TransformerEngineBaseModule, x: torch.Tensor) -> None:
+    """TE's bookkeeping before a forward of `x`: what its `prepare_forward` does, also on a CPU.
+
+    TE finds nothing to do from the second forward on, unless something has changed. That it has not is
+    seen here in a tenth of the time.
+    """
+    if _is_unchanged(module, x):
+        return
+    if x.is_cuda:
+        # num_gemms, allow_non_contiguous, allow_different_data_and_param_types
+        module.prepare_forward(x, 1, True, True)
+    else:
+        enter_forward_without_cuda(module, x)
+
+
+def leave_forward(module: TransformerEngineBaseModule, x: torch.Tensor) -> None:
+    """What TE's `end_forward` does, likewise."""
+    if _IS_PROFILED and x.is_cuda:
+        module.end_forward()
+    elif in_fp8_activation_recompute_phase():
+        leave_forward_without_cuda(module)
+
+
+# Whether TE marks each forward for NVIDIA's profiler; TE asks at every call.
+_IS_PROFILED = transformer_engine.pytorch.utils._nvtx_enabled()
+
+
+def _is_unchanged(module: TransformerEngineBaseModule, x: torch.Tensor) -> bool:
+    """Whether `prepare_forward` of TE 2.20 would leave module and global state as they are.
+
+    It looks at what is read here: the region, its recipe (by equality, which includes identity), the
+    activations' dtype, recomputation, and the registration of amaxes for reduction.
+    """
+    region = FP8GlobalStateManager.quantization_state
+    known = module.__dict__
+    if (
+        known["activation_dtype"] is not x.dtype  # also before the first forward
+        or known["fp8"] is not region.fp8_enabled
+        or region.fp8_calibration
+        or region.fp8_parameters
+        or known["fp8_calibration"]
+        or distributed._IN_ACTIVATION_RECOMPUTE_REGION
+        or distributed._ACTIVATION_RECOMPUTE_PHASE
+        or _IS_PROFILED
+        or torch.is_autocast_enabled()
+    ):
+        return False
+    meta = known["fp8_meta"]
+    if not region.fp8_enabled:
+        return not known["fp8_initialized"] and meta.get("fp8_checkpoint") is False
+    recipe = region.fp8_recipe
+    return (
+        known["fp8_initialized"]
+        and recipe is not None
+        and recipe is meta.get("recipe")
+        and (
+            not (recipe.delayed() or recipe.custom())
+            or FP8GlobalStateManager.get_buffer_info() in meta
+        )
+    )
 
 
 def enter_forward_without_cuda(module: TransformerEngineBaseModule, x: torch.Tensor) -> None:

@@ -200,27 +200,31 @@ def check_shared_scales(ranks: Ranks) -> None:
 
 
 class Model(torch.nn.Module):
-    """Two projections of the input, multiplied: ``(x P) (x Q)ᵀ`` for each item."""
+    """Two projections of the input, multiplied: ``(x Pᵀ) (x Qᵀ)ᵀ`` for each item.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    The projections are `linear`s: torch.nn.Linear, or TE's, which is quantized, too.
+    """
+
+    def __init__(self, dtype: torch.dtype, linear: type) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(0)
-        self.p, self.q = (
-            torch.nn.Parameter((torch.randn(64, INNER, generator=generator) / 8).to(dtype))
-            for _ in range(2)
-        )
+        options = {"params_dtype": dtype} if linear is te.Linear else {"dtype": dtype}
+        self.p, self.q = (linear(64, INNER, bias=False, **options) for _ in range(2))
+        with torch.no_grad():
+            for weight in (self.p.weight, self.q.weight):
+                weight.copy_(torch.randn(INNER, 64, generator=generator) / 8)
         self.product = te.BatchedMatmul()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[batch, rows, rows]`` of ``[batch, rows, 64]``."""
-        return self.product(x @ self.p, (x @ self.q).mT)
+        return self.product(self.p(x), self.q(x).mT)
 
 
 def train_ddp(
-    ranks: Ranks, dtype: torch.dtype, recipe: Any
+    ranks: Ranks, dtype: torch.dtype, recipe: Any, linear: type = torch.nn.Linear
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Gradients after three steps: of DDP over all ranks, and of one process with the whole batch."""
-    model, single = Model(dtype).to(ranks.device), Model(dtype).to(ranks.device)
+    model, single = (Model(dtype, linear).to(ranks.device) for _ in range(2))
     ddp = DistributedDataParallel(
         model, device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None
     )
@@ -263,6 +267,12 @@ def check_ddp_current(ranks: Ranks) -> None:
     """Current scaling: each rank has scales of its own, so the gradients differ by FP8 rounding."""
     for mine, expected in zip(*train_ddp(ranks, torch.bfloat16, Float8CurrentScaling)):
         require_sqnr(mine[None], expected[None], 20.0)
+
+
+def check_ddp_linear(ranks: Ranks) -> None:
+    """TE's Linear and the product in one model and region, with shared amaxes: the same codes."""
+    for mine, expected in zip(*train_ddp(ranks, torch.bfloat16, DelayedScaling, te.Linear)):
+        require_sqnr(mine[None], expected[None], 30.0)
 
 
 def make_dtensor_operands(
@@ -375,11 +385,17 @@ CHECKS: dict[str, Callable[[Ranks], None]] = {
     "K-sharded tensors and all_reduce, current scaling": check_plain_inner,
 }
 
+# TE's own modules need a GPU.
+CUDA_CHECKS = {
+    "DDP gradients equal the whole batch's, delayed scaling, with te.Linear": check_ddp_linear,
+}
+
 
 def run_checks(ranks: Ranks) -> bool:
     """Runs every check on all ranks; whether all passed everywhere."""
     is_passed = True
-    for name, check in CHECKS.items():
+    checks = {**CHECKS, **(CUDA_CHECKS if ranks.device.type == "cuda" else {})}
+    for name, check in checks.items():
         text = ""
         try:
             forget_modules()

@@ -37,12 +37,14 @@ def use_tile(monkeypatch):
     def use(tile):
         for name in float8_quantize.TILES:
             monkeypatch.setitem(float8_quantize.TILES, name, tile)
-        float8_quantize._make_plan.cache_clear()
-        float8_quantize._make_amax_plan.cache_clear()
+        forget()
+
+    def forget():
+        for function in ("_make_plan", "_make_amax_plan", "_make_cast"):
+            getattr(float8_quantize, function).cache_clear()
 
     yield use
-    float8_quantize._make_plan.cache_clear()
-    float8_quantize._make_amax_plan.cache_clear()
+    forget()
 
 
 @pytest.mark.parametrize("fp8_dtype", TORCH_FP8)

@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .launcher import Launcher
+from .launcher import BoundLaunch
+from .memory import empty_strided
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FORMATS = ("e4m3", "e5m2")
@@ -40,8 +41,11 @@ TILES = {
     "rowwise": Tile(16, 512, 4),
     "transposed": Tile(128, 64, 4),
     "both": Tile(64, 64, 4),
-    "amax": Tile(64, 256, 8),
+    "amax": Tile(32, 256, 8),
 }
+# Programs that look for an amax, at most: each leaves the amax of its tiles, and every program of the cast
+# reads them all. Memory for them needs no zeroing, which would be a launch of its own.
+MAX_PARTIALS = 528
 
 
 class Plan(NamedTuple):
@@ -151,9 +155,8 @@ def quantize_float8(
     >>> codes.shape, turned.shape
     (torch.Size([2, 32, 32]), torch.Size([2, 32, 32]))
     """
-    _check_scalar(scale, "scale", x)
-    _check_scalar(amax, "amax", x)
-    return _cast_layouts(x, (rowwise, transposed, multiple), scale, amax, fp8_dtype)
+    cast = find_cast(x, fp8_dtype, rowwise=rowwise, transposed=transposed, multiple=multiple)
+    return cast.with_scale(x, scale, amax)
 
 
 def quantize_float8_current(
@@ -206,36 +209,260 @@ def quantize_float8_current(
     >>> scale_inv.item()  # 3.5 / 448
     0.0078125
     """
-    plan = _make_plan(x.shape, x.stride(), x.dtype, x.is_cuda, rowwise, transposed, multiple)
-    amax = None
-    if plan.num_programs:
-        amax = _find_amax(x, _make_amax_plan(x.shape, x.stride()))
-        if amax_reduction_group is not None:
-            torch.distributed.all_reduce(
-                amax, op=torch.distributed.ReduceOp.MAX, group=amax_reduction_group
-            )
-    return _cast_layouts(
-        x, (rowwise, transposed, multiple), None, amax, fp8_dtype, amax_epsilon, force_pow_2_scales
+    cast = find_cast(
+        x,
+        fp8_dtype,
+        rowwise=rowwise,
+        transposed=transposed,
+        multiple=multiple,
+        amax_epsilon=amax_epsilon,
+        force_pow_2_scales=force_pow_2_scales,
+    )
+    return cast.with_own_scale(x, amax_reduction_group)
+
+
+def find_cast(
+    x: torch.Tensor,
+    fp8_dtype: str,
+    *,
+    rowwise: bool,
+    transposed: bool,
+    multiple: int = 16,
+    amax_epsilon: float = 0.0,
+    force_pow_2_scales: bool = False,
+) -> "Cast":
+    """The `Cast` of all tensors like `x`; parameters as in `quantize_float8_current`."""
+    return _make_cast(
+        x.shape,
+        x.stride(),
+        x.dtype,
+        x.get_device(),
+        x.data_ptr() % 16,
+        fp8_dtype,
+        (rowwise, transposed, multiple),
+        (amax_epsilon, force_pow_2_scales),
     )
 
 
-def _cast_layouts(
-    x: torch.Tensor, layouts: tuple[bool, bool, int], *arguments: object
-) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
-    """One launch for the layouts asked for; two for both of FP32.
+class Cast:
+    """What is decided once for tensors of one description, and the launches that each of them takes.
 
-    One kernel for both layouts of FP32 gives a wrong transpose with Triton 3.6 on an H200: a quarter of the
-    codes at wrong places, the same ones at each run of the tile in use. The row-wise codes are right, racecheck
-    finds no hazard, and BF16 and FP16, of which 16-bit values are turned, come out right; the cause in
-    the compiler was not traced. tests/gpu/test_kernel_float8_quantize.py compares every byte.
+    Made by `find_cast`, for tensors of one shape, stride, dtype, device and alignment by 16.
+
+    Parameters
+    ----------
+    shape, strides, dtype, device_index
+        Of the tensors.
+    fp8_dtype : {"e4m3", "e5m2"}
+    layouts : tuple
+        `rowwise`, `transposed` and `multiple` as in `quantize_float8`.
+    scale_rule : tuple
+        `amax_epsilon` and `force_pow_2_scales` as in `quantize_float8_current`.
     """
-    rowwise, transposed, multiple = layouts
-    description = (x.shape, x.stride(), x.dtype, x.is_cuda)
-    if not (rowwise and transposed and x.dtype == torch.float32):
-        return _cast(x, _make_plan(*description, rowwise, transposed, multiple), *arguments)
-    codes, _, scale_inv = _cast(x, _make_plan(*description, True, False, multiple), *arguments)
-    _, turned, _ = _cast(x, _make_plan(*description, False, True, multiple), *arguments)
-    return codes, turned, scale_inv
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        dtype: torch.dtype,
+        device_index: int,
+        fp8_dtype: str,
+        layouts: tuple[bool, bool, int],
+        scale_rule: tuple[float, bool],
+    ) -> None:
+        if fp8_dtype not in _FORMATS:
+            raise ValueError(f'fp8_dtype must be "e4m3" or "e5m2" and came as {fp8_dtype!r}')
+        rowwise, transposed, multiple = layouts
+        description = (shape, strides, dtype, device_index >= 0)
+        both = _make_plan(*description, rowwise, transposed, multiple)
+        self._device_index = device_index
+        self._is_empty = not both.num_programs
+        self._codes = _describe(both.rowwise_shape)
+        self._transposed = _describe(both.transposed_shape)
+        # One kernel for both layouts of FP32 gives a wrong transpose with Triton 3.6 on an H200: a quarter of
+        # the codes at wrong places, the same ones at each run of the tile in use. The row-wise codes are right,
+        # racecheck finds no hazard, and BF16 and FP16, of which 16-bit values are turned, come out right; the
+        # cause in the compiler was not traced. tests/gpu/test_kernel_float8_quantize.py compares every byte.
+        plans = [both]
+        if rowwise and transposed and dtype == torch.float32:
+            plans = [
+                _make_plan(*description, True, False, multiple),
+                _make_plan(*description, False, True, multiple),
+            ]
+        is_e5m2 = fp8_dtype == "e5m2"
+        self.search = _NO_SEARCH if self._is_empty else _plan_search(shape, strides)
+        self._find = _bind_search(self.search)
+        self._num_partials = self.search.num_programs
+        self._casts = [
+            tuple(
+                (plan, _bind_cast(plan, scale_rule, is_e5m2, num_partials))
+                for plan in plans
+                if not self._is_empty
+            )
+            for num_partials in (1, self._num_partials)
+        ]
+
+    def with_scale(
+        self, x: torch.Tensor, scale: torch.Tensor, amax: torch.Tensor
+    ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
+        """As `quantize_float8`."""
+        for name, state in (("scale", scale), ("amax", amax)):
+            if (
+                state.get_device() != self._device_index
+                or state.dtype is not torch.float32
+                or state.numel() != 1
+            ):
+                raise ValueError(
+                    f"`{name}` must be one float32 on {x.device}, where x is, and came as {state.dtype}, "
+                    f"shape {tuple(state.shape)}, device {state.device}"
+                )
+        if self.is_elsewhere():
+            with torch.cuda.device(self._device_index):
+                return self.with_scale(x, scale, amax)
+        return self._write(x, scale, amax, self._casts[0])
+
+    def with_own_scale(
+        self,
+        x: torch.Tensor,
+        amax_reduction_group: Optional[torch.distributed.ProcessGroup] = None,
+        amaxes: Optional[torch.Tensor] = None,
+    ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
+        """As `quantize_float8_current`; `amaxes` are those that an `AmaxPair` found."""
+        if self.is_elsewhere():
+            with torch.cuda.device(self._device_index):
+                return self.with_own_scale(x, amax_reduction_group, amaxes)
+        if not self._is_empty:
+            if amaxes is None:
+                amaxes = self.allocate_amaxes()
+                self._find(x, amaxes, None, None)
+            if amax_reduction_group is not None:
+                amax = amaxes.amax(0, keepdim=True)
+                torch.distributed.all_reduce(
+                    amax, op=torch.distributed.ReduceOp.MAX, group=amax_reduction_group
+                )
+                amaxes.copy_(amax)
+        return self._write(x, None, amaxes, self._casts[1])
+
+    def is_elsewhere(self) -> bool:
+        """Whether another device than that of the tensors is current."""
+        return self._device_index >= 0 and torch._C._cuda_getDevice() != self._device_index
+
+    def allocate_amaxes(self) -> torch.Tensor:
+        """Memory for the largest magnitudes of parts of a tensor."""
+        return empty_strided((self._num_partials,), (1,), torch.float32, self._device_index)
+
+    def _write(
+        self,
+        x: torch.Tensor,
+        scale: Optional[torch.Tensor],
+        amax: Optional[torch.Tensor],
+        casts: tuple[tuple[Plan, BoundLaunch], ...],
+    ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
+        """Allocates the outputs and launches the cast; without a `scale` it is computed from `amax`."""
+        device_index = self._device_index
+        codes = transposed = None
+        if self._codes is not None:
+            codes = empty_strided(*self._codes, torch.uint8, device_index)
+        if self._transposed is not None:
+            transposed = empty_strided(*self._transposed, torch.uint8, device_index)
+        if self._is_empty:
+            inverse = (
+                torch.ones(1, device=x.device) if scale is None else scale.reshape(1).reciprocal()
+            )
+            return codes, transposed, inverse
+        scale_inv = empty_strided((1,), (1,), torch.float32, device_index)
+        for plan, launch in casts:
+            launch(
+                x,
+                None if plan.rowwise_shape is None else codes,
+                None if plan.transposed_shape is None else transposed,
+                scale,
+                amax,
+                scale_inv,
+            )
+        return codes, transposed, scale_inv
+
+
+@lru_cache(maxsize=4096)
+def _make_cast(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    dtype: torch.dtype,
+    device_index: int,
+    misalignment: int,  # Triton compiles for it.  pylint: disable=unused-argument
+    fp8_dtype: str,
+    layouts: tuple[bool, bool, int],
+    scale_rule: tuple[float, bool],
+) -> Cast:
+    return Cast(shape, strides, dtype, device_index, fp8_dtype, layouts, scale_rule)
+
+
+def _describe(shape: Optional[tuple[int, ...]]) -> Optional[tuple[tuple, tuple]]:
+    """Shape and strides of a contiguous tensor."""
+    return None if shape is None else (shape, torch.empty(shape, device="meta").stride())
+
+
+class Search(NamedTuple):
+    """How the amaxes of a tensor are found."""
+
+    num_programs: int
+    num_warps: int
+    constants: tuple
+
+
+_NO_SEARCH = Search(0, 0, (0, 0, 0, 0, 0, 0, True, True, 1, 1))
+
+
+def _plan_search(shape: tuple[int, ...], strides: tuple[int, ...]) -> Search:
+    plan = _make_amax_plan(shape, strides)
+    tile = plan.tile
+    num_programs = min(plan.num_programs, MAX_PARTIALS)
+    # One item, one column of whole tiles, no gaps between rows.
+    is_flat = plan.is_even and tile.cols == plan.num_cols == plan.row_stride
+    constants = (
+        num_programs, plan.num_programs, plan.num_rows, plan.num_cols, plan.row_stride,
+        plan.batch_stride, is_flat, plan.is_even, tile.rows, tile.cols,
+    )  # fmt: skip
+    return Search(num_programs, tile.num_warps, constants)
+
+
+def _bind_search(x: Search, y: Search = _NO_SEARCH) -> BoundLaunch:
+    """The launch that finds the amaxes of one tensor, or of two."""
+    return BoundLaunch(
+        _amax_kernel,
+        x.num_programs + y.num_programs,
+        max(x.num_warps, y.num_warps),
+        (*x.constants, *y.constants),
+    )
+
+
+class AmaxPair:
+    """Finds the amaxes of two tensors with one launch: ``find(x, y)``, for tensors of two casts."""
+
+    def __init__(self, x: Cast, y: Cast) -> None:
+        self._casts = x, y
+        self._launch = _bind_search(x.search, y.search)
+
+    def find(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `with_own_scale` of each of them takes."""
+        x_cast, y_cast = self._casts
+        if x_cast.is_elsewhere():
+            with torch.cuda.device(x.device):
+                return self.find(x, y)
+        x_amaxes, y_amaxes = x_cast.allocate_amaxes(), y_cast.allocate_amaxes()
+        self._launch(x, x_amaxes, y, y_amaxes)
+        return x_amaxes, y_amaxes
+
+
+def _bind_cast(
+    plan: Plan, scale_rule: tuple[float, bool], is_e5m2: bool, num_partials: int
+) -> BoundLaunch:
+    tile = plan.tile
+    constants = (
+        plan.num_rows, plan.num_cols, plan.row_stride, plan.batch_stride, *scale_rule, is_e5m2,
+        plan.is_even, plan.multiple, num_partials, tile.rows, tile.cols,
+    )  # fmt: skip
+    return BoundLaunch(_cast_kernel, plan.num_programs, tile.num_warps, constants)
 
 
 @lru_cache(maxsize=4096)
@@ -300,19 +527,25 @@ def _make_amax_plan(
 ) -> Plan:
     """The launch that finds the amax of a tensor that `_make_plan` has accepted."""
     row_stride, batch_stride = _read_strides(shape, strides)
+    num_items, rows, cols = math.prod(shape[:-2]), shape[-2], shape[-1]
+    tile = TILES["amax"] if tile is None else tile
+    is_contiguous = row_stride == cols and (num_items == 1 or batch_stride == rows * cols)
+    num_elements = num_items * rows * cols
+    if is_contiguous and num_elements % (tile.rows * tile.cols) == 0:
+        num_items, rows, cols, row_stride = 1, num_elements // tile.cols, tile.cols, tile.cols
     plan = Plan(
         num_programs=0,
-        num_rows=shape[-2],
-        num_cols=shape[-1],
+        num_rows=rows,
+        num_cols=cols,
         row_stride=0,
         batch_stride=0,
         rowwise_shape=None,
         transposed_shape=None,
         is_even=True,
         multiple=1,
-        tile=TILES["amax"] if tile is None else tile,
+        tile=tile,
     )
-    return _tile_plan(plan, math.prod(shape[:-2]), row_stride, batch_stride, may_fold=True)
+    return _tile_plan(plan, num_items, row_stride, batch_stride, may_fold=True)
 
 
 def _tile_plan(
@@ -356,64 +589,6 @@ def _read_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> Optional[
         else:
             return None
     return (strides[-2] if shape[-2] > 1 else shape[-1]), batch_stride
-
-
-def _find_amax(x: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """float32 ``[1]``: the largest magnitude of `x`, NaNs passed over."""
-    amax = torch.zeros(1, dtype=torch.float32, device=x.device)
-    tile = plan.tile
-    arguments = (
-        x, amax, plan.num_rows, plan.num_cols, plan.row_stride, plan.batch_stride, plan.is_even,
-        tile.rows, tile.cols,
-    )  # fmt: skip
-    key = (plan, x.dtype, x.data_ptr() % 16, x.get_device())
-    _launch_amax(plan.num_programs, arguments, key, tile.num_warps)
-    return amax
-
-
-def _cast(
-    x: torch.Tensor,
-    plan: Plan,
-    scale: Optional[torch.Tensor],
-    amax: Optional[torch.Tensor],
-    fp8_dtype: str,
-    amax_epsilon: float = 0.0,
-    force_pow_2_scales: bool = False,
-) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
-    """Allocates the outputs and launches the cast; without a `scale` it is computed from `amax`."""
-    if fp8_dtype not in _FORMATS:
-        raise ValueError(f'fp8_dtype must be "e4m3" or "e5m2" and came as {fp8_dtype!r}')
-    device = x.device
-    codes = transposed_codes = None
-    if plan.rowwise_shape is not None:
-        codes = torch.empty(plan.rowwise_shape, dtype=torch.uint8, device=device)
-    if plan.transposed_shape is not None:
-        transposed_codes = torch.empty(plan.transposed_shape, dtype=torch.uint8, device=device)
-    if not plan.num_programs:
-        inverse = torch.ones(1, device=device) if scale is None else scale.reshape(1).reciprocal()
-        return codes, transposed_codes, inverse
-    scale_inv = torch.empty(1, dtype=torch.float32, device=device)
-    tile = plan.tile
-    is_e5m2 = fp8_dtype == "e5m2"
-    arguments = (
-        x, codes, transposed_codes, scale, amax, scale_inv, plan.num_rows, plan.num_cols,
-        plan.row_stride, plan.batch_stride, amax_epsilon, force_pow_2_scales, is_e5m2, plan.is_even,
-        plan.multiple, tile.rows, tile.cols,
-    )  # fmt: skip
-    key = (
-        plan, x.dtype, x.data_ptr() % 16, x.get_device(), scale is None, force_pow_2_scales, is_e5m2
-    )  # fmt: skip
-    _launch_cast(plan.num_programs, arguments, key, tile.num_warps)
-    return codes, transposed_codes, scale_inv
-
-
-def _check_scalar(state: torch.Tensor, name: str, x: torch.Tensor) -> None:
-    """`scale` and `amax`: one float32 where `x` is."""
-    if state.dtype != torch.float32 or state.numel() != 1 or state.device != x.device:
-        raise ValueError(
-            f"`{name}` must be one float32 on {x.device}, where x is, and came as {state.dtype}, "
-            f"shape {tuple(state.shape)}, device {state.device}"
-        )
 
 
 @triton.jit
@@ -469,6 +644,15 @@ def _raise_amax(amax_ptr, known_amax, amax):
 
 
 @triton.jit
+def _load_amax(amaxes_ptr, NUM_PARTIALS: tl.constexpr):
+    """The largest of the amaxes that `_amax_kernel` left."""
+    if NUM_PARTIALS == 1:
+        return tl.load(amaxes_ptr)
+    parts = tl.arange(0, triton.next_power_of_2(NUM_PARTIALS))
+    return tl.max(tl.load(amaxes_ptr + parts, mask=parts < NUM_PARTIALS, other=0.0))
+
+
+@triton.jit
 def _compute_scale(amax, amax_epsilon, FP8_MAX: tl.constexpr, POWER_OF_2: tl.constexpr):
     """`reference.quantizers.scale_from_amax`, operation by operation."""
     amax = tl.where(amax < amax_epsilon, amax_epsilon, amax)
@@ -498,28 +682,86 @@ def _store(ptr, codes, rows, cols, num_rows, num_cols, EVEN: tl.constexpr):
         tl.store(pointers, codes, mask=(rows < num_rows)[:, None] & (cols < num_cols)[None, :])
 
 
-# The scalars of a recipe lie side by side in one tensor, so their alignment says nothing.
-@triton.jit(do_not_specialize_on_alignment=["amax_ptr"])
-def _amax_kernel(
+@triton.jit
+def _search_amax(
     x_ptr,
-    amax_ptr,
+    amaxes_ptr,
+    program,
+    num_programs,
+    num_tiles,
     num_rows,
     num_cols,
     row_stride,
     batch_stride,
+    FLAT: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    item, first_row, first_col = _locate_tile(
-        tl.program_id(0), num_rows, num_cols, 1, BLOCK_ROWS, BLOCK_COLS
-    )
-    rows = first_row + tl.arange(0, BLOCK_ROWS)
-    cols = first_col + tl.arange(0, BLOCK_COLS)
-    x = _load(x_ptr + item * batch_stride, rows, cols, num_rows, num_cols, row_stride, EVEN)
-    _raise_amax(amax_ptr, tl.load(amax_ptr), tl.max(tl.abs(x.to(tl.float32))))
+    """Leaves the amax of every tile whose number is the program's, modulo the number of programs."""
+    # From zero, because the maximum of nothing but NaN is NaN.
+    amaxes = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
+    tile = program
+    while tile < num_tiles:
+        if FLAT:
+            # No divisions: they would hold back the loads of a loop as short as this.
+            rows = tl.arange(0, BLOCK_ROWS)[:, None]
+            pointers = x_ptr + tile.to(tl.int64) * (BLOCK_ROWS * BLOCK_COLS)
+            x = tl.load(pointers + rows * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :])
+        else:
+            item, first_row, first_col = _locate_tile(
+                tile, num_rows, num_cols, 1, BLOCK_ROWS, BLOCK_COLS
+            )
+            rows = first_row + tl.arange(0, BLOCK_ROWS)
+            cols = first_col + tl.arange(0, BLOCK_COLS)
+            x = _load(x_ptr + item * batch_stride, rows, cols, num_rows, num_cols, row_stride, EVEN)
+        amaxes = tl.maximum(amaxes, tl.abs(x.to(tl.float32)))
+        tile += num_programs
+    tl.store(amaxes_ptr + program, tl.max(amaxes))
 
 
+@triton.jit
+def _amax_kernel(
+    x_ptr,
+    x_amaxes_ptr,
+    y_ptr,
+    y_amaxes_ptr,
+    x_programs,
+    x_tiles,
+    x_rows,
+    x_cols,
+    x_row_stride,
+    x_batch_stride,
+    X_FLAT: tl.constexpr,
+    X_EVEN: tl.constexpr,
+    X_BLOCK_ROWS: tl.constexpr,
+    X_BLOCK_COLS: tl.constexpr,
+    y_programs,
+    y_tiles,
+    y_rows,
+    y_cols,
+    y_row_stride,
+    y_batch_stride,
+    Y_FLAT: tl.constexpr,
+    Y_EVEN: tl.constexpr,
+    Y_BLOCK_ROWS: tl.constexpr,
+    Y_BLOCK_COLS: tl.constexpr,
+):
+    """Amaxes of parts of one tensor, or of two: the first programs are for `x`, the others for `y`."""
+    program = tl.program_id(0)
+    if y_ptr is None or program < x_programs:
+        _search_amax(
+            x_ptr, x_amaxes_ptr, program, x_programs, x_tiles, x_rows, x_cols, x_row_stride,
+            x_batch_stride, X_FLAT, X_EVEN, X_BLOCK_ROWS, X_BLOCK_COLS,
+        )  # fmt: skip
+    else:
+        _search_amax(
+            y_ptr, y_amaxes_ptr, program - x_programs, y_programs, y_tiles, y_rows, y_cols, y_row_stride,
+            y_batch_stride, Y_FLAT, Y_EVEN, Y_BLOCK_ROWS, Y_BLOCK_COLS,
+        )  # fmt: skip
+
+
+# The scalars of a recipe lie side by side in one tensor, so their alignment says nothing.
 @triton.jit(do_not_specialize_on_alignment=["scale_ptr", "amax_ptr", "scale_inv_ptr"])
 def _cast_kernel(
     x_ptr,
@@ -537,10 +779,11 @@ def _cast_kernel(
     E5M2: tl.constexpr,
     EVEN: tl.constexpr,
     MULTIPLE: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """A program casts one tile. Without `scale_ptr` the scale comes from the amax, which is only read."""
+    """A program casts one tile. Without `scale_ptr` the scale comes from amaxes, which are only read."""
     FP8_MAX: tl.constexpr = 57344.0 if E5M2 else 448.0
     program = tl.program_id(0)
     if scale_ptr is None:
@@ -557,10 +800,11 @@ def _cast_kernel(
     x = _load(x_ptr, rows, cols, num_rows, num_cols, row_stride, EVEN)
 
     # After the load, which then is under way while the scale is computed.
-    amax = tl.load(amax_ptr)
     if scale_ptr is None:
+        amax = _load_amax(amax_ptr, NUM_PARTIALS)
         scale = _compute_scale(amax, amax_epsilon, FP8_MAX, POWER_OF_2)
     else:
+        amax = tl.load(amax_ptr)
         scale = tl.load(scale_ptr)
     scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
     tl.store(scale_inv_ptr, scale_inv, mask=program == 0)
@@ -578,7 +822,3 @@ def _cast_kernel(
         _store(transposed_ptr + offset, tl.trans(codes), cols, rows, padded_cols, padded_rows, EVEN)
     if scale_ptr is not None:
         _raise_amax(amax_ptr, amax, tl.max(tl.abs(x)))
-
-
-_launch_amax = Launcher(_amax_kernel)
-_launch_cast = Launcher(_cast_kernel)

@@ -2,19 +2,69 @@
 """Launches a Triton kernel again without the host work of Triton's own call.
 
 `JITFunction.run` binds, specializes and hashes all arguments at every call, 20 microseconds and more. A
-caller that knows what its arguments specialize on names it by a key, and later launches go to the compiled
-kernel at once. Must not import the package.
+caller that knows what its arguments specialize on launches the compiled kernel at once: by a key
+(`Launcher`), or with an object of its own for each description (`BoundLaunch`). Must not import the package.
 """
 
 from __future__ import annotations
 
-from typing import Hashable
+from typing import Hashable, Optional
 
 import torch
 import triton
-from triton import knobs
 
 _MAX_KERNELS = 4096
+
+
+class BoundLaunch:
+    """A kernel with everything but its addresses decided.
+
+    The tensors of all calls must agree in whatever Triton would compile differently: their types, which of
+    them are None, the alignment of addresses by 16 (where the kernel does not ignore it), and the device.
+
+    Parameters
+    ----------
+    kernel : triton.JITFunction
+        Takes its pointers first.
+    num_programs, num_warps : int
+    constants : tuple
+        All arguments after the pointers, constexprs among them.
+    """
+
+    def __init__(
+        self, kernel: triton.JITFunction, num_programs: int, num_warps: int, constants: tuple
+    ) -> None:
+        self._kernel = kernel
+        self._num_programs = num_programs
+        self._num_warps = num_warps
+        self._constants = constants
+        self._compiled: Optional[tuple] = None
+
+    def __call__(self, *tensors: Optional[torch.Tensor]) -> None:
+        """Launches on the current stream of the current device, where the tensors are."""
+        if self._compiled is None:
+            compiled = self._kernel[(self._num_programs,)](
+                *tensors, *self._constants, num_warps=self._num_warps
+            )
+            if tensors[0].is_cuda:  # else interpreted
+                self._compiled = (compiled.run, compiled.function, compiled.packed_metadata)
+            return
+        run, function, metadata = self._compiled
+        # Triton asks the driver about each tensor, but takes integers as they are. No hooks: those of
+        # profilers want metadata that only Triton's own call prepares.
+        run(
+            self._num_programs,
+            1,
+            1,
+            torch._C._cuda_getCurrentRawStream(tensors[0].get_device()),
+            function,
+            metadata,
+            None,
+            None,
+            None,
+            *[None if x is None else x.data_ptr() for x in tensors],
+            *self._constants,
+        )
 
 
 class Launcher:
@@ -58,7 +108,7 @@ class Launcher:
             compiled.function,
             compiled.packed_metadata,
             None,
-            knobs.runtime.launch_enter_hook,
-            knobs.runtime.launch_exit_hook,
+            None,
+            None,
             *arguments,
         )

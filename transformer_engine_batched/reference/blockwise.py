@@ -108,6 +108,63 @@ def quantize(
     return Float8BlockwiseQTensor(shape=x.shape, dtype=x.dtype, device=x.device, **buffers)
 
 
+def cast_blocks(
+    x: torch.Tensor,
+    fp8: torch.dtype,
+    *,
+    square: bool,
+    amax_epsilon: float = 0.0,
+    power_of_two: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and inverse scales of the blocks of each matrix of a batch: ``codes = fp8(x * scale)``.
+
+    Blocks start anew in each matrix, which is where this differs from `quantize`.
+
+    Parameters
+    ----------
+    x : torch.Tensor
+        float32, float16 or bfloat16 ``[*batch, R, C]``, any sizes and strides.
+    fp8 : torch.dtype
+        ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+    square : bool
+        Blocks of 128 x 128 elements instead of 1 x 128.
+    amax_epsilon, power_of_two
+        As in `scale_from_amax`.
+
+    Returns
+    -------
+    codes : torch.Tensor
+        uint8 ``[*batch, R, C]``, contiguous.
+    scale_inv : torch.Tensor
+        float32 ``[*batch, R, ceil(C / 128)]``, square ``[*batch, ceil(R / 128), ceil(C / 128)]``.
+
+    Examples
+    --------
+    >>> codes, scale_inv = cast_blocks(torch.full((2, 1, 200), 3.5), torch.float8_e4m3fn, square=True)
+    >>> tuple(codes.shape), scale_inv.flatten().tolist()
+    ((2, 1, 200), [0.0078125, 0.0078125, 0.0078125, 0.0078125])
+    """
+    *batch, rows, cols = x.shape
+    scale_rows = -(-rows // BLOCKWISE_SIZE) if square else rows
+    num_blocks = -(-cols // BLOCKWISE_SIZE)
+    if x.numel() == 0:
+        scale_inv = torch.empty(*batch, scale_rows, num_blocks, device=x.device)
+        return torch.empty(x.shape, dtype=torch.uint8, device=x.device), scale_inv
+    bottom = scale_rows * BLOCKWISE_SIZE - rows if square else 0
+    matrix = torch.nn.functional.pad(x, (0, 0, 0, bottom)).reshape(-1, cols)
+    scales = block_scales(
+        matrix,
+        fp8,
+        square=square,
+        force_pow_2_scales=power_of_two,
+        amax_epsilon=amax_epsilon,
+    )
+    factors = expand_blocks(scales, tuple(matrix.shape), square=square)
+    data = fp8_codes.encode(matrix.float() * factors, fp8)
+    data = data.view(*batch, rows + bottom, cols)[..., :rows, :].contiguous()
+    return data, scales.reciprocal().view(*batch, scale_rows, num_blocks)
+
+
 def block_scales(
     matrix: torch.Tensor,
     fp8: torch.dtype,

@@ -113,6 +113,27 @@ def decode_blockwise(
     return values.movedim(0, -1) if transposed else values
 
 
+def decode_item_blocks(
+    data: torch.Tensor, scale_inv: torch.Tensor, fp8: torch.dtype, *, square: bool
+) -> torch.Tensor:
+    """Values ``code * scale_inv`` of codes whose blocks start anew in each matrix, as `decode_blockwise`.
+
+    Parameters
+    ----------
+    data : torch.Tensor
+        uint8 ``[*batch, rows, cols]``, any strides.
+    scale_inv : torch.Tensor
+        float32 ``[*batch, rows, ceil(cols / 128)]``, square ``[*batch, ceil(rows / 128), ceil(cols / 128)]``.
+    fp8 : torch.dtype
+    square : bool
+    """
+    rows, cols = data.shape[-2:]
+    factors = scale_inv.repeat_interleave(BLOCKWISE_SIZE, dim=-1)[..., :cols]
+    if square:
+        factors = factors.repeat_interleave(BLOCKWISE_SIZE, dim=-2)[..., :rows, :]
+    return _narrow(codes.decode(data, fp8, torch.float32) * factors)
+
+
 def expand_blocks(scales: torch.Tensor, shape: tuple[int, int], *, square: bool) -> torch.Tensor:
     """Factor of each element of a matrix from those of its 1 x 128 or 128 x 128 blocks.
 

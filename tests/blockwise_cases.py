@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FP8 operands with scales per 128-block in every layout, and exact products, for tests of the block-wise kernels.
+
+Scales are drawn as one number per row and k-block (or block of rows), then laid out; exact numbers come from what
+was drawn, not from the layout.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+
+from transformer_engine_batched.kernels.blockwise_gemm import BlockScales
+
+FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+class Operand(NamedTuple):
+    """Codes ``[B, rows, K]`` of an FP8 dtype, their scales, and the numbers that they stand for in FP64."""
+
+    codes: torch.Tensor
+    scales: BlockScales
+    exact: torch.Tensor
+
+
+def make_operand(
+    num_items: int,
+    rows: int,
+    size_k: int,
+    granularity: int,
+    layout: str,
+    seed: int,
+    *,
+    fp8: str = "e4m3",
+    device: str = "cpu",
+) -> Operand:
+    """An operand of random codes of order 30 and scales between 1/64 and 1/16, no two alike.
+
+    Parameters
+    ----------
+    layout : str
+        "flat": rows of all items count on, as in TE: 1x128 ``[K / 128, round_up(B * rows, 4)]``, 128x128
+        ``[B * rows / 128, round_up(K / 128, 4)]`` with blocks across items. "item": ``[B, rows, K / 128]`` or
+        ``[B, ceil(rows / 128), K / 128]``. "shared": the scales of the first item, for all.
+    """
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator, device=device) * 3 / 64 + 1 / 64
+
+    # Rows of codes start at multiples of 16 bytes.
+    padded_k = -(-size_k // 16) * 16
+    values = torch.randn((num_items, rows, padded_k), generator=generator, device=device) * 30
+    codes = values.to(FP8[fp8])[..., :size_k]
+    blocks_k = -(-size_k // 128)
+    if layout == "flat" and granularity == 1:
+        padded = -(-num_items * rows // 4) * 4
+        values = draw(blocks_k, padded)
+        scales = BlockScales(values, 1, 1, padded, rows)
+        factors = values[:, : num_items * rows].T.reshape(num_items, rows, blocks_k)
+    elif layout == "flat":
+        padded = -(-blocks_k // 4) * 4
+        values = draw(-(-num_items * rows // 128), padded)
+        scales = BlockScales(values, 128, padded, 1, rows)
+        factors = values[:, :blocks_k].repeat_interleave(128, 0)[: num_items * rows]
+        factors = factors.reshape(num_items, rows, blocks_k)
+    else:
+        row_blocks = -(-rows // granularity)
+        num_scaled = 1 if layout == "shared" else num_items
+        values = draw(num_scaled, row_blocks, blocks_k)
+        counted = 0 if layout == "shared" else row_blocks * granularity
+        scales = BlockScales(values, granularity, blocks_k, 1, counted)
+        factors = values.repeat_interleave(granularity, 1)[:, :rows].expand(num_items, -1, -1)
+    factors = factors.double().repeat_interleave(128, -1)[..., :size_k]
+    return Operand(codes, scales, codes.double() * factors)
+
+
+def poisoned_out(
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: str = "cpu",
+    row_padding: int = 0,
+    fill: Optional[float] = None,
+) -> torch.Tensor:
+    """An output of NaN, whose rows are `row_padding` elements apart."""
+    value = float("nan") if fill is None else fill
+    padded = (*shape[:-1], shape[-1] + row_padding)
+    return torch.full(padded, value, dtype=dtype, device=device)[..., : shape[-1]]
