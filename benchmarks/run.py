@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Entry point of the benchmarks: `python benchmarks/run.py [--suite gemm|host|module|all] [--quick]`.
+"""Entry point of the benchmarks: `python benchmarks/run.py [--suite gemm|host|module|einsum|triangle|blockwise|all] [--quick]`.
 
-Input: one CUDA GPU with Transformer Engine and this package. Output: `gemm.json`, `host.json` and
-`module.json` in a folder named after the GPU (`benchmarks/results/h200`), a table on the terminal, and exit code 1
+Input: one CUDA GPU with Transformer Engine and this package. Output: a file for each suite, such as `gemm.json`,
+in a folder named after the GPU (`benchmarks/results/h200`), a table on the terminal, and exit code 1
 if one of our own variants failed. Results are written after every point, so a stopped run keeps
 what it has. If the device stops answering, the program starts itself anew without the variant that
 broke it.
@@ -11,6 +11,7 @@ broke it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import sys
@@ -19,6 +20,10 @@ from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
 ROOT = Path(__file__).resolve().parents[1]
+# Suites whose module `benchmarks.<name>_suite` has POINTS, QUICK, `make_measure`, `name_calls`, `format_rows`
+# and `find_failures`, and whose goals are `goals.SUITE_GOALS[name]`.
+POINT_SUITES = ("einsum", "triangle", "blockwise")
+
 if __package__ in (None, ""):
     sys.path.insert(0, str(ROOT))
 
@@ -29,7 +34,9 @@ from benchmarks.timing import DeviceLostError
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python benchmarks/run.py", description=__doc__)
-    parser.add_argument("--suite", choices=("gemm", "host", "module", "all"), default="all")
+    parser.add_argument(
+        "--suite", choices=("gemm", "host", "module", *POINT_SUITES, "all"), default="all"
+    )
     parser.add_argument("--quick", action="store_true", help="three points, few rounds")
     parser.add_argument(
         "--out", type=Path, help="folder of the results (default: named after the GPU)"
@@ -122,6 +129,7 @@ def format_summary(
     gemm: dict[str, Any] | None,
     host: dict[str, Any] | None,
     module: dict[str, Any] | None = None,
+    further: Mapping[str, dict[str, Any]] | None = None,
 ) -> str:
     """Short plain table of everything measured, with the reasons for gaps, and the goals."""
     lines = []
@@ -140,10 +148,15 @@ def format_summary(
         for row in host["rows"]:
             reason = f"  {row['reason']}" if row["reason"] else ""
             lines.append(f"{row['case']:46}{_number(row['median_us'], 2):>9}{reason}")
-    results = {"gemm": gemm, "host": host, "module": module}
+    further = further or {}
+    results = {"gemm": gemm, "host": host, "module": module, **further}
     lines += _format_module(module) if module is not None else []
+    for name, found in further.items():
+        lines += _load_suite(name).format_rows(found)
     chosen = goals.GOALS if gemm is not None or host is not None else ()
     chosen = (*chosen, *(goals.MODULE_GOALS if module is not None else ()))
+    for name in further:
+        chosen = (*chosen, *goals.SUITE_GOALS[name])
     for outcome in goals.evaluate(results, chosen):
         verdict = {None: "not measured", True: "reached", False: "MISSED"}[outcome.is_reached]
         sign = ">=" if outcome.goal.is_minimum else "<="
@@ -158,9 +171,12 @@ def find_failures(
     gemm: dict[str, Any] | None,
     host: dict[str, Any] | None,
     module: dict[str, Any] | None = None,
+    further: Mapping[str, dict[str, Any]] | None = None,
 ) -> list[str]:
     """Rows of our own variants without a time."""
-    failures = []
+    failures = [
+        x for name, found in (further or {}).items() for x in _load_suite(name).find_failures(found)
+    ]
     for row in gemm["rows"] if gemm else []:
         if row["variant"].startswith("ours") and row["median_ms"] is None:
             failures.append(f"{row['point']} {row['variant']}: {row['reason']}")
@@ -173,6 +189,10 @@ def find_failures(
             where = row.get("point", "host time")
             failures.append(f"module {where} {name}: {row['reason']}")
     return failures
+
+
+def _load_suite(name: str) -> Any:
+    return importlib.import_module(f"benchmarks.{name}_suite")
 
 
 def _measure_on_gpu(options: argparse.Namespace, arguments: Sequence[str]) -> int:
@@ -234,8 +254,20 @@ def _measure_on_gpu(options: argparse.Namespace, arguments: Sequence[str]) -> in
             ),
             options.resume,
         )
-    print(format_summary(gemm, host, module))
-    failures = find_failures(gemm, host, module)
+    further = {}
+    for name in POINT_SUITES:
+        if options.suite in (name, "all"):
+            suite = _load_suite(name)
+            further[name] = run_suite(
+                folder / f"{name}.json",
+                meta,
+                suite.QUICK if options.quick else suite.POINTS,
+                suite.make_measure(options.quick),
+                suite.name_calls,
+                options.resume,
+            )
+    print(format_summary(gemm, host, module, further))
+    failures = find_failures(gemm, host, module, further)
     if failures:
         print("\nOurs without a time:\n" + "\n".join(failures))
     return 1 if failures else 0

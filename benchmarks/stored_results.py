@@ -72,10 +72,10 @@ def _ask_cublaslt() -> str:
     return _format_cublaslt(_C.loaded_version())
 
 
-def _ask_te_version() -> str:
+def _ask_version(package: str) -> str:
     import importlib.metadata
 
-    return importlib.metadata.version("transformer_engine")
+    return importlib.metadata.version(package)
 
 
 def collect_meta(arguments: Sequence[str], commit: str | None) -> dict[str, Any]:
@@ -91,8 +91,9 @@ def collect_meta(arguments: Sequence[str], commit: str | None) -> dict[str, Any]
         "driver": _or_none(lambda: _run(*driver)),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "te": _or_none(_ask_te_version),
+        "te": _or_none(lambda: _ask_version("transformer_engine")),
         "cublaslt": _or_none(_ask_cublaslt),
+        "cuequivariance": _or_none(lambda: _ask_version("cuequivariance_ops_torch_cu13")),
         "python": platform.python_version(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": describe_command(arguments),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triangle multiplication on a real protein complex, contracted in BF16 and in three FP8 recipes.
+"""Triangle multiplication on a real protein complex: its contraction in BF16 and in three FP8 recipes, then the
+whole block through ``te.TriangleMultiplication``, forward and backward.
 
 Input: ``examples/data/1tii_ca.csv``. Output: tables on the terminal, ``triangle_1tii.png`` and
 ``triangle_1tii.json`` in ``--out``.
@@ -38,6 +39,7 @@ from transformer_engine_batched.__main__ import collect_versions
 from transformer_engine_batched.plan import describe_device
 
 import picture
+from blocks import OURS, BlockInputs, BlockMeasurement, compare_blocks, find_peer
 from protein import Complex, pair_features, pair_representation, read_complex
 from recipes import RECIPES, Recipe, count_bytes, multiply
 from triangle import DIRECTIONS, TriangleMultiplication, contract
@@ -45,6 +47,8 @@ from triangle import DIRECTIONS, TriangleMultiplication, contract
 HERE = Path(__file__).resolve().parent
 CHANNELS = 128
 CPU_CROP = 256
+# The whole block, backward included, takes a CPU several times as long as its contraction.
+CPU_BLOCK_CROP = 64
 # The step before, on which delayed scaling calibrates, sees the atoms where they were a moment ago.
 # Angstrom per axis: thermal motion in a crystal with a B factor of 20 square angstrom, sqrt(B / (8
 # pi^2)).
@@ -78,6 +82,8 @@ class Comparison:
     distance: np.ndarray
     num_channels: int
     measurements: list[Measurement] = field(default_factory=list)
+    blocks: list[BlockMeasurement] = field(default_factory=list)
+    block_size: int = 0
     channel: int = 0
     channel_product: np.ndarray | None = None
     channel_error: np.ndarray | None = None
@@ -199,7 +205,38 @@ def compare(
             shown = reference[row.worst_channel]
             result.channel_product = shown.cpu().numpy()
             result.channel_error = (product[row.worst_channel] - shown).cpu().numpy()
+    del a, b, reference, expected, product
+    result.block_size = min(
+        len(complex_), CPU_BLOCK_CROP if device.type != "cuda" else len(complex_)
+    )
+    result.blocks = run_blocks(block, complex_.crop(result.block_size), options, device, step)
     return result
+
+
+def run_blocks(
+    block: TriangleMultiplication,
+    complex_: Complex,
+    options: argparse.Namespace,
+    device: torch.device,
+    step: Callable[[str], None],
+) -> list[BlockMeasurement]:
+    """The whole block in each recipe, forward and backward."""
+    now, before = (
+        pair_representation(x, CHANNELS, options.seed, device)
+        for x in (complex_, complex_.displaced(THERMAL_MOTION, options.seed))
+    )
+    generator = torch.Generator().manual_seed(options.seed + 2)
+    gradient = torch.randn(now.shape, generator=generator).to(device)
+    inputs = BlockInputs(now, before, torch.ones(now.shape[:3], device=device), gradient)
+    return compare_blocks(
+        block, inputs, median_ms, lambda name: step(f"{block.direction} block: {name}")
+    )
+
+
+def count_steps() -> int:
+    """Calls of `step` for one direction."""
+    contraction = 3 + len(RECIPES)
+    return contraction + 2 + (find_peer() is not None) + len(OURS)
 
 
 def run_recipe(
@@ -309,6 +346,35 @@ def show_comparison(console: Console, comparison: Comparison, with_times: bool) 
     console.print(table)
 
 
+def show_blocks(console: Console, comparison: Comparison, with_times: bool) -> None:
+    """The whole block of one direction."""
+    padding = (0, 1 if console.width >= 96 else 0)
+    table = Table(box=box.SIMPLE_HEAD, padding=padding, collapse_padding=True, pad_edge=False)
+    table.add_column("block", no_wrap=True)
+    table.add_column("pipeline", no_wrap=True)
+    headings = ["output\ndB", "grad z\ndB", "weights\ndB"]
+    if with_times:
+        headings += ["forward\nms", "over\ntorch", "+backward\nms", "over\ntorch", "peak\nMiB"]
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    baseline = comparison.blocks[0]
+    for row in comparison.blocks:
+        decibels = (row.output_db, row.gradient_z_db, row.gradient_weights_db)
+        cells = [row.name, row.engine, *(f"{db:.1f}" for db in decibels)]
+        if with_times:
+            for mine, theirs in (
+                (row.forward_ms, baseline.forward_ms),
+                (row.step_ms, baseline.step_ms),
+            ):
+                cells += ["-", "-"] if mine is None else [f"{mine:.3f}", f"{theirs / mine:.2f}x"]
+            cells.append("-" if row.peak_mib is None else f"{row.peak_mib:.0f}")
+        table.add_row(*cells, style=None if row.passed else "red")
+    console.print()
+    size = comparison.block_size
+    console.print(Text(f"{comparison.direction}, the whole block", "bold"), f"N = {size}")
+    console.print(table)
+
+
 def show_notes(console: Console, comparisons: list[Comparison], with_times: bool) -> None:
     """What the columns mean, as far as this run needs it."""
     rows = [row for comparison in comparisons for row in comparison.measurements]
@@ -318,6 +384,14 @@ def show_notes(console: Console, comparisons: list[Comparison], with_times: bool
         "the error. Worst slice: the lowest of the channels. Block output: after LayerNorm, "
         "projection and gate."
     ]
+    blocks = [row for comparison in comparisons for row in comparison.blocks]
+    notes.append(
+        "The whole block: te.TriangleMultiplication with the weights of the plain one, forward and backward, SQNR "
+        "against FP64. Weights: the lowest of the six gradients. Bound: scales from the weights alone."
+    )
+    if not any(row.engine == "peer" for row in blocks):
+        missing = "not installed" if with_times else "needs a GPU"
+        notes.append(f"cuEquivariance has no line here: {missing}.")
     padded = {row.name: row.padded_size for row in rows if row.padded_size != size}
     if padded:
         sizes = ", ".join(f"{name} {value}" for name, value in padded.items())
@@ -355,6 +429,13 @@ def save_results(
             comparison.direction: [asdict(row) for row in comparison.measurements]
             for comparison in comparisons
         },
+        "blocks": {
+            comparison.direction: {
+                "size": comparison.block_size,
+                "rows": [asdict(row) for row in comparison.blocks],
+            }
+            for comparison in comparisons
+        },
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -389,7 +470,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     comparisons = []
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(DIRECTIONS) * (3 + len(RECIPES)) + 1)
+        task = progress.add_task("", total=len(DIRECTIONS) * count_steps() + 1)
         finished = itertools.count()
 
         def step(description: str) -> None:
@@ -407,6 +488,7 @@ def main(arguments: list[str] | None = None) -> int:
     with_times = device.type == "cuda"
     for comparison in comparisons:
         show_comparison(console, comparison, with_times)
+        show_blocks(console, comparison, with_times)
     show_notes(console, comparisons, with_times)
     console.print()
     console.print(f"Picture: {image}\nNumbers: {numbers}", soft_wrap=True, highlight=False)
@@ -416,6 +498,12 @@ def main(arguments: list[str] | None = None) -> int:
         f"{comparison.direction} {row.name}"
         for comparison in comparisons
         for row in comparison.measurements
+        if not row.passed
+    ]
+    failed += [
+        f"{comparison.direction} block {row.name}"
+        for comparison in comparisons
+        for row in comparison.blocks
         if not row.passed
     ]
     if failed:

@@ -77,19 +77,20 @@ class TriangleMultiplication(nn.Module):
             raise ValueError(f"direction must be one of {DIRECTIONS}, got {direction!r}")
         super().__init__()
         self.direction = direction
-        self.norm_in = nn.LayerNorm(channels)
-        self.project_a, self.gate_a = nn.Linear(channels, hidden), nn.Linear(channels, hidden)
-        self.project_b, self.gate_b = nn.Linear(channels, hidden), nn.Linear(channels, hidden)
-        self.norm_out = nn.LayerNorm(hidden)
-        self.project_out = nn.Linear(hidden, channels)
-        self.gate_out = nn.Linear(channels, channels)
+        # OpenFold's names, so that te.TriangleMultiplication.from_openfold takes the block as it is.
+        self.layer_norm_in = nn.LayerNorm(channels)
+        self.linear_a_p, self.linear_a_g = nn.Linear(channels, hidden), nn.Linear(channels, hidden)
+        self.linear_b_p, self.linear_b_g = nn.Linear(channels, hidden), nn.Linear(channels, hidden)
+        self.layer_norm_out = nn.LayerNorm(hidden)
+        self.linear_z = nn.Linear(hidden, channels)
+        self.linear_g = nn.Linear(channels, channels)
         self.requires_grad_(False)
         generator = torch.Generator().manual_seed(seed)
         for name, module in self.named_children():
             if isinstance(module, nn.Linear):
                 module.weight.normal_(0, 1 / math.sqrt(module.in_features), generator=generator)
                 # AlphaFold's gates start open: bias 1.
-                module.bias.fill_(1.0 if name.startswith("gate") else 0.0)
+                module.bias.fill_(1.0 if name.endswith("_g") else 0.0)
 
     def operands(self, z: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The two factors of the contraction, channel first.
@@ -106,13 +107,13 @@ class TriangleMultiplication(nn.Module):
         a, b : torch.Tensor
             ``[B, D, N, N]``, contiguous.
         """
-        x = self.norm_in(z)
+        x = self.layer_norm_in(z)
 
         def factor(project: nn.Linear, gate: nn.Linear) -> torch.Tensor:
             gated = torch.sigmoid(gate(x)) * project(x) * mask[..., None]
             return gated.permute(0, 3, 1, 2).contiguous()
 
-        return factor(self.project_a, self.gate_a), factor(self.project_b, self.gate_b)
+        return factor(self.linear_a_p, self.linear_a_g), factor(self.linear_b_p, self.linear_b_g)
 
     def finish(self, z: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
         """``sigmoid(G_o LN(z)) * P_o LN(product)``.
@@ -129,9 +130,9 @@ class TriangleMultiplication(nn.Module):
         torch.Tensor
             ``[B, N, N, C]`` in the dtype of `z`; the residual connection is the caller's.
         """
-        gate = torch.sigmoid(self.gate_out(self.norm_in(z)))
+        gate = torch.sigmoid(self.linear_g(self.layer_norm_in(z)))
         channel_last = product.to(z.dtype).permute(0, 2, 3, 1)
-        return gate * self.project_out(self.norm_out(channel_last))
+        return gate * self.linear_z(self.layer_norm_out(channel_last))
 
     def forward(
         self,

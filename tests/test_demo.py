@@ -19,6 +19,7 @@ EXAMPLES = ROOT / "examples"
 if str(EXAMPLES) not in sys.path:
     sys.path.insert(0, str(EXAMPLES))
 
+import blocks  # noqa: E402
 import demo  # noqa: E402
 import protein  # noqa: E402
 import recipes  # noqa: E402
@@ -182,13 +183,13 @@ def triangle_by_einsum(block, z, mask):
         scaled = centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5)
         return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
-    x = norm(z.double(), "norm_in")
-    a = mask.double()[..., None] * torch.sigmoid(linear(x, "gate_a")) * linear(x, "project_a")
-    b = mask.double()[..., None] * torch.sigmoid(linear(x, "gate_b")) * linear(x, "project_b")
+    x = norm(z.double(), "layer_norm_in")
+    a = mask.double()[..., None] * torch.sigmoid(linear(x, "linear_a_g")) * linear(x, "linear_a_p")
+    b = mask.double()[..., None] * torch.sigmoid(linear(x, "linear_b_g")) * linear(x, "linear_b_p")
     equation = "bikd,bjkd->bijd" if block.direction == "outgoing" else "bkid,bkjd->bijd"
     product = torch.einsum(equation, a, b)
-    gate = torch.sigmoid(linear(x, "gate_out"))
-    return gate * linear(norm(product, "norm_out"), "project_out")
+    gate = torch.sigmoid(linear(x, "linear_g"))
+    return gate * linear(norm(product, "layer_norm_out"), "linear_z")
 
 
 @pytest.mark.parametrize("direction", triangle.DIRECTIONS)
@@ -234,6 +235,14 @@ def test_triangle_contraction_can_be_exchanged():
     assert seen == [((1, 4, 6, 6), "outgoing")]
 
 
+BLOCK_NAMES = [
+    "torch, FP32",
+    "FP32",
+    "Float8 delayed",
+    "Float8 current",
+    "Float8 bound",
+    "MXFP8",
+]
 RECIPE_NAMES = ["BF16", "Float8 delayed", "Float8 current", "MXFP8"]
 
 
@@ -269,6 +278,19 @@ def test_demo_end_to_end(tmp_path, capsys):
             assert row["product_ms"] is None and row["with_quantization_ms"] is None
             assert f"{row['name']} " in printed and f"{row['sqnr_db']:.1f}" in printed
             assert f"{row['worst_db']:.1f}" in printed and f"{row['output_db']:.1f}" in printed
+    assert list(content["blocks"]) == ["outgoing", "incoming"]
+    for direction, block in content["blocks"].items():
+        assert block["size"] == 48
+        assert [row["name"] for row in block["rows"]] == BLOCK_NAMES
+        for row in block["rows"]:
+            decibels = [row["output_db"], row["gradient_z_db"], row["gradient_weights_db"]]
+            assert all(f"{db:.1f}" in printed for db in decibels)
+            if row["name"] in ("torch, FP32", "FP32"):
+                assert min(decibels) > 100 and row["engine"] != "emulated"
+            else:
+                assert row["engine"] == "emulated"
+                assert row["output_db"] >= 27 and min(decibels) >= 20 and max(decibels[1:]) < 40
+            assert row["forward_ms"] is None and row["step_ms"] is None and row["peak_mib"] is None
     assert "48 of 712 residues" in printed and "emulated" in printed and " ms" not in printed
     assert "MXFP8 64" in printed  # 48 is no multiple of 32
 
@@ -305,11 +327,12 @@ def test_demo_counts_the_bytes_of_codes_and_scales(tmp_path):
 
 def test_demo_is_repeatable_and_seeded(tmp_path):
     options = ("--crop", "32", "--hidden", "32")
-    first = run_demo(tmp_path / "1", *options, "--seed", "3")[1]["directions"]
-    again = run_demo(tmp_path / "2", *options, "--seed", "3")[1]["directions"]
-    other = run_demo(tmp_path / "3", *options, "--seed", "4")[1]["directions"]
-    assert first == again
-    assert first != other
+    first = run_demo(tmp_path / "1", *options, "--seed", "3")[1]
+    again = run_demo(tmp_path / "2", *options, "--seed", "3")[1]
+    other = run_demo(tmp_path / "3", *options, "--seed", "4")[1]
+    for key in ("directions", "blocks"):
+        assert first[key] == again[key]
+        assert first[key] != other[key]
 
 
 def damaged_product(damage):
@@ -347,6 +370,26 @@ def test_demo_fails_when_the_product_is_wrong(tmp_path, capsys, monkeypatch, dam
         assert f"outgoing {name}" in printed and f"incoming {name}" in printed
 
 
+@pytest.mark.parametrize("name, factor", (("g_in_weight", 0.0), ("p_out_weight", 1.1)))
+def test_demo_fails_when_the_block_is_wrong(tmp_path, capsys, monkeypatch, name, factor):
+    """Gates that are stuck, and an output that is a tenth too large."""
+    load = blocks.te.TriangleMultiplication.from_openfold
+
+    def load_damaged(*arguments, **options):
+        block = load(*arguments, **options)
+        with torch.no_grad():
+            getattr(block, name).mul_(factor)
+        return block
+
+    monkeypatch.setattr(blocks.te.TriangleMultiplication, "from_openfold", load_damaged)
+    status, _ = run_demo(tmp_path, "--crop", "32", "--hidden", "32")
+    assert status == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    for row in BLOCK_NAMES[1:]:
+        assert f"incoming block {row}" in printed
+    assert "block torch" not in printed.partition("Below the accuracy")[2]
+
+
 def test_delayed_scaling_uses_the_amax_of_the_step_before(emulated):
     earlier, now = torch.randn(4, 32, 32), torch.randn(4, 32, 32)
     earlier[1, 2, 3], now[0, 0, 0] = -7.0, 14.0
@@ -371,6 +414,12 @@ def test_demo_on_a_gpu_times_what_is_not_emulated(tmp_path, capsys):
     assert demo.main(["--device", "cuda", "--out", str(tmp_path), "--crop", "200"]) == 0
     assert "+quant" in capsys.readouterr().out
     content = json.loads((tmp_path / "triangle_1tii.json").read_text())
+    for block in content["blocks"].values():
+        assert block["size"] == 200
+        for row in block["rows"]:
+            assert (row["engine"] == "emulated") == (row["step_ms"] is None)
+            if row["name"] in ("BF16", "Float8 delayed", "Float8 current", "Float8 bound"):
+                assert row["engine"] == "fused" and row["peak_mib"] > 0
     for rows in content["directions"].values():
         for row in rows:
             is_timed = row["product_ms"] is not None and row["with_quantization_ms"] is not None

@@ -25,7 +25,15 @@ from typing import Any, Callable
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import attention_error, goals, module_suite, training
+from benchmarks import (
+    attention_error,
+    blockwise_suite,
+    einsum_suite,
+    goals,
+    module_suite,
+    training,
+    triangle_suite,
+)
 from benchmarks.peers import BASELINE, VARIANTS
 
 _BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -38,6 +46,9 @@ SUITES = {
     "gemm": "make gpu-bench",
     "host": "make gpu-bench",
     "module": "make gpu-bench",
+    "einsum": "make gpu-bench",
+    "triangle": "make gpu-bench",
+    "blockwise": "make gpu-bench",
     "training": "python benchmarks/training.py",
     "attention_error": "python benchmarks/attention_error.py",
     "quantize_kernels": "python benchmarks/quantize_kernels.py",
@@ -71,6 +82,7 @@ def format_caption(meta: dict[str, Any]) -> str:
         f"torch {meta['torch']}",
         f"Transformer Engine {meta['te']}",
         f"cuBLASLt {meta['cublaslt']}",
+        *([f"cuEquivariance {meta['cuequivariance']}"] if meta.get("cuequivariance") else ()),
         f"Python {meta['python']}",
         f"commit {commit}",
         meta["date"],
@@ -187,7 +199,8 @@ def _goals(results: dict[str, Results | None], chosen: tuple[goals.Goal, ...]) -
     body = []
     for outcome in goals.evaluate(results, chosen):
         goal = outcome.goal
-        unit = " us" if goal.field == "median_us" else "x"
+        units = {"median_us": "us", "peak_mib": "MiB", "gbps": "GB/s", "tflops": "TFLOP/s"}
+        unit = f" {units[goal.field]}" if goal.field in units else "x"
         sign = "at least" if goal.is_minimum else "at most"
         verdict = {None: "not measured", True: "reached", False: "missed"}[outcome.is_reached]
         measured = _format(outcome.measured, 2, unit)
@@ -268,6 +281,130 @@ def _module_verdict(module: Results) -> str:
 
 def _module_host(module: Results) -> str:
     return _host({**module, "rows": [row for row in module["rows"] if "case" in row]})
+
+
+def _einsum(einsum: Results, pass_name: str) -> str:
+    """Milliseconds of a pass and, in brackets, times torch.einsum BF16; sizes by variants."""
+    points: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in einsum["rows"]:
+        if row["pass"] == pass_name:
+            points.setdefault(row["point"], {})[row["variant"]] = row
+    notes, body = [], []
+    for rows in points.values():
+        first = next(iter(rows.values()))
+        cells = []
+        for name, label in einsum_suite.LABELS.items():
+            row = rows.get(name)
+            if row is None or row["median_ms"] is None:
+                cells.append("-")
+                if row is not None:
+                    notes.append(f"- no time for {label} at N={first['size']}: {row['reason']}")
+                continue
+            is_baseline = name == einsum_suite.BASELINE.name
+            ratio = "" if is_baseline else f" ({_format_ratio(row['ratio_to_einsum'])}x)"
+            cells.append(_format(row["median_ms"], 3) + ratio)
+        body.append([str(first["size"]), first["mode"], *cells])
+    table = _table(["N", "direction", *einsum_suite.LABELS.values()], body)
+    below = "\n\n" + "\n".join(notes) if notes else ""
+    return f"{table}{below}\n\n{format_caption(einsum['meta'])}"
+
+
+def _einsum_checks(einsum: Results) -> str:
+    """Worst slices in dB (result, gradients) and peak memory of a training step."""
+    body = [
+        [
+            str(row["size"]),
+            row["mode"],
+            einsum_suite.LABELS[row["variant"]],
+            ", ".join(_format(db, 1) for db in row["sqnr_db"] or ()),
+            _format(row["peak_mib"], 0),
+        ]
+        for row in einsum["rows"]
+        if row["pass"] == einsum_suite.FORWARD_BACKWARD and row["size"] >= 512
+    ]
+    head = ["N", "direction", "variant", "worst slice, dB: y, grad a, grad b", "peak, MiB"]
+    return f"{_table(head, body)}\n\n{format_caption(einsum['meta'])}"
+
+
+def _einsum_kernels(einsum: Results) -> str:
+    """Bandwidth of the kernels; sizes in columns."""
+    rows = [row for row in einsum["rows"] if row["pass"] == einsum_suite.KERNEL]
+    sizes = sorted({row["size"] for row in rows})
+    found = {(row["variant"], row["size"]): row["gbps"] for row in rows}
+    body = [
+        [label, str(moved), *(_format(found.get((name, size)), 0) for size in sizes)]
+        for name, (label, moved) in einsum_suite.KERNELS.items()
+    ]
+    head = ["kernel", "bytes an element", *(f"N={size}, GB/s" for size in sizes)]
+    return f"{_table(head, body)}\n\n{format_caption(einsum['meta'])}"
+
+
+def _blockwise(blockwise: Results) -> str:
+    """TFLOP/s on the rows that count; points by variants."""
+    points: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in blockwise["rows"]:
+        points.setdefault(row["point"], {})[row["variant"]] = row
+    below, body = [], []
+    for rows in points.values():
+        first = next(iter(rows.values()))
+        cells = [
+            _format_rate(rows[name]["tflops"]) if name in rows else "-"
+            for name in blockwise_suite.LABELS
+        ]
+        sizes = " x ".join(str(first[size]) for size in "mnk")
+        scales = f"1x128 x {first['b_rows']}x128"
+        ours = rows[blockwise_suite.OURS]
+        body.append(
+            [
+                *(str(first["batch"]), sizes, scales, blockwise_suite.MASK_LABELS[first["mask"]]),
+                *(*cells, _format(ours["sqnr_db"], 1), _format_ratio(ours["ratio_to_all_rows"])),
+            ]
+        )
+        below += [
+            f"- no time for {blockwise_suite.LABELS[name]} at {row['point']}: {row['reason']}"
+            for name, row in rows.items()
+            if row["median_ms"] is None
+        ]
+    head = ["items", "M x N x K", "scales", "rows", *blockwise_suite.LABELS.values()]
+    table = _table([*head, "ours, dB", "ours, time per row over all rows"], body)
+    footnotes = "\n\n" + "\n".join(below) if below else ""
+    return f"{table}{footnotes}\n\n{format_caption(blockwise['meta'])}"
+
+
+def _triangle(
+    triangle: Results, pass_name: str, cell: Callable[[dict[str, Any]], str], notes: bool = False
+) -> str:
+    """A table of points (rows) by variants (columns)."""
+    points: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in triangle["rows"]:
+        if row["pass"] == pass_name:
+            points.setdefault(row["point"], {})[row["variant"]] = row
+    below, body = [], []
+    for rows in points.values():
+        first = next(iter(rows.values()))
+        cells = [cell(rows[name]) if name in rows else "-" for name in triangle_suite.LABELS]
+        body.append([str(first["size"]), first["mode"], *cells])
+        below += [
+            f"- no time for {triangle_suite.LABELS[name]} at N={row['size']}, {row['mode']}: {row['reason']}"
+            for name, row in rows.items()
+            if notes and row["median_ms"] is None
+        ]
+    table = _table(["N", "direction", *triangle_suite.LABELS.values()], body)
+    footnotes = "\n\n" + "\n".join(below) if below else ""
+    return f"{table}{footnotes}\n\n{format_caption(triangle['meta'])}"
+
+
+def _triangle_time(row: dict[str, Any]) -> str:
+    ratio = row["ratio_to_cuequivariance"]
+    is_peer = row["variant"] == triangle_suite.PEER.name
+    shown = "" if is_peer or ratio is None else f" ({_format_ratio(ratio)}x)"
+    return "-" if row["median_ms"] is None else _format(row["median_ms"], 3) + shown
+
+
+def _triangle_checks(row: dict[str, Any]) -> str:
+    decibels = row["sqnr_db"] or {}
+    names = ("contraction", "slice", "out", "grad")
+    return ", ".join(_format(decibels.get(name), 1) for name in names)
 
 
 def _training(results: Results) -> str:
@@ -368,6 +505,36 @@ BLOCKS: dict[str, Callable[[dict[str, Results | None]], str]] = {
     "module-forward": _from("module", lambda x: _module(x, module_suite.FORWARD)),
     "module-checks": _from("module", _module_checks),
     "module-host": _from("module", _module_host),
+    "einsum-goals": lambda results: (
+        _goals(results, goals.EINSUM_GOALS) if results["einsum"] else _missing("einsum")
+    ),
+    "einsum-forward": _from("einsum", lambda x: _einsum(x, einsum_suite.FORWARD)),
+    "einsum-step": _from("einsum", lambda x: _einsum(x, einsum_suite.FORWARD_BACKWARD)),
+    "einsum-kernels": _from("einsum", _einsum_kernels),
+    "einsum-checks": _from("einsum", _einsum_checks),
+    "blockwise-goals": lambda results: (
+        _goals(results, goals.BLOCKWISE_GOALS) if results["blockwise"] else _missing("blockwise")
+    ),
+    "blockwise": _from("blockwise", _blockwise),
+    "triangle-goals": lambda results: (
+        _goals(results, goals.TRIANGLE_GOALS) if results["triangle"] else _missing("triangle")
+    ),
+    "triangle-forward": _from(
+        "triangle", lambda x: _triangle(x, triangle_suite.FORWARD, _triangle_time, notes=True)
+    ),
+    "triangle-step": _from(
+        "triangle",
+        lambda x: _triangle(x, triangle_suite.FORWARD_BACKWARD, _triangle_time, notes=True),
+    ),
+    "triangle-memory": _from(
+        "triangle",
+        lambda x: _triangle(
+            x, triangle_suite.FORWARD_BACKWARD, lambda row: _format(row["peak_mib"], 0)
+        ),
+    ),
+    "triangle-checks": _from(
+        "triangle", lambda x: _triangle(x, triangle_suite.FORWARD_BACKWARD, _triangle_checks)
+    ),
     "training": _from("training", _training),
     "training-plot": _from("training", lambda x: _pictures(x, TRAINING_PLOTS, "img")),
     "quantize-kernels": _from("quantize_kernels", _quantize_kernels),

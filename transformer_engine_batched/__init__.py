@@ -18,30 +18,54 @@ except ImportError as error:
 from . import plugin as _plugin
 from ._version import __version__
 from .autotuning import autotune, clear_choices, list_choices, load_choices, save_choices
+from .block_cast import per_block_cast_to_fp8, per_token_cast_to_fp8
+from .batched_einsum import BatchedEinsum, einsum
 from .emulation import emulate
 from .errors import UnsupportedError
 from .gemm import batched_general_gemm
+from .groupwise import (
+    batched_gemm_fp8_nt_groupwise,
+    get_m_alignment_for_contiguous_layout,
+    grouped_gemm_fp8_k_grouped,
+    grouped_gemm_fp8_nt_contiguous,
+)
+from .memory_estimate import MemoryEstimate, estimate_memory
 from .module import BatchedMatmul, bmm
 from .plan import limit_sms
+from .quantization_error import QuantizationError, quantization_error
 from .quantize import quantize
 from .quantized_bmm import disable_quantized_bmm, enable_quantized_bmm
+from .triangle import TriangleMultiplication
 
 _plugin.attach()
 
 __all__ = [
+    "BatchedEinsum",
     "BatchedMatmul",
+    "MemoryEstimate",
+    "QuantizationError",
+    "TriangleMultiplication",
     "UnsupportedError",
     "__version__",
     "autotune",
+    "batched_gemm_fp8_nt_groupwise",
     "batched_general_gemm",
     "bmm",
     "clear_choices",
     "disable_quantized_bmm",
+    "einsum",
     "emulate",
     "enable_quantized_bmm",
+    "estimate_memory",
+    "get_m_alignment_for_contiguous_layout",
+    "grouped_gemm_fp8_k_grouped",
+    "grouped_gemm_fp8_nt_contiguous",
     "limit_sms",
     "list_choices",
     "load_choices",
+    "per_block_cast_to_fp8",
+    "per_token_cast_to_fp8",
+    "quantization_error",
     "quantize",
     "save_choices",
 ]
