@@ -40,6 +40,8 @@ from .triangle_tiles import (
 from .turn_codes import turn_codes
 
 _MODES = ("outgoing", "incoming")
+# Elements from one scale to the next.
+_SCALE_STRIDE = tl.constexpr(4)
 
 
 class Operands(NamedTuple):
@@ -48,7 +50,7 @@ class Operands(NamedTuple):
     `a`, `b`: ``[B, H, N_p, N_p]`` contiguous, the contracted index last: ``a[b, h, i, k]`` and
     ``b[b, h, j, k]``. uint8 codes, or the weights' dtype if not quantized. ``N_p`` is N rounded up to a
     multiple of 16, padding is zero. `a_turned`, `b_turned`: each item's transpose ``[b, h, k, i]``.
-    What was not asked for is None. `scale_invs`: float32 ``[2]``, ``1 / scales``; None without FP8.
+    What was not asked for is None. `scale_invs`: float32 ``[2]``, ``1 / scales``, 16 bytes apart; None without FP8.
     """
 
     a: Optional[torch.Tensor]
@@ -169,7 +171,10 @@ def project_operands(
     both = torch.empty((2, batch, hidden, padded, padded), dtype=dtype, device=z.device)
     scale_invs = None
     if fp8_dtype is not None:
-        scale_invs = torch.empty(2, dtype=torch.float32, device=z.device)
+        # Each at an address of 16 bytes, which cuBLASLt asks of a scale.
+        scale_invs = torch.empty((2, _SCALE_STRIDE.value), dtype=torch.float32, device=z.device)[
+            :, 0
+        ]
     if both.numel():
         options = (mode == "incoming", fp8_dtype, force_pow_2_scales, amax_epsilon)
         _launch_operands(
@@ -399,7 +404,7 @@ def _operands_kernel(
         else:
             scale = tl.load(scales_ptr + side)
         scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
-        tl.store(scale_invs_ptr + side, scale_inv, mask=tl.program_id(0) < 2)
+        tl.store(scale_invs_ptr + _SCALE_STRIDE * side, scale_inv, mask=tl.program_id(0) < 2)
     area = padded.to(tl.int64) * padded
     tiles_per_item = tl.cdiv(padded * padded, POSITIONS)
     num_items = num_tiles // tiles_per_item
