@@ -77,6 +77,16 @@ def test_every_folder_of_the_package_is_packaged():
     assert packages == {".".join(path.parent.relative_to(ROOT).parts) for path in modules}
 
 
+def test_every_source_that_is_compiled_at_run_time_is_packaged():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    package = ROOT / "transformer_engine_batched"
+    patterns = settings["package-data"]["transformer_engine_batched"]
+    packaged = {path for pattern in patterns for path in package.glob(pattern)}
+    assert packaged == {path for path in package.rglob("*.cu*") if path.suffix in (".cu", ".cuh")}
+    assert packaged
+
+
 # Makefile
 
 
