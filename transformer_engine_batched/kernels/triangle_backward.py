@@ -1,42 +1,49 @@
 # SPDX-License-Identifier: Apache-2.0
 """The triangle multiplicative update without its contraction: backward.
 
-    output_backward:   grad_out -> grad_c, parameters of the output, and what project_backward needs of the gate
+    output_backward:   grad_out -> grad_c, the output gate's part of the gradient of x, parameters of the output
     project_backward:  grad_a, grad_b -> grad_z, parameters of the input
 
-The formulas are those of `triangle_forward`; gates and projections are computed again from z and c, nothing of them
-was stored. Neither function depends on the mode: positions are those of z, ``[first, second]``.
+The formulas are those of `triangle_forward`. Gates, projections and normalized tensors are computed again from z
+and c, nothing of them was stored. Each function runs one kernel for the gradients of activations and one for those
+of weights (`triangle_weight_gradients`): both at once would not fit in a multiprocessor's registers.
+Neither depends on the mode: positions are those of z, ``[first, second]``.
 Must not import Transformer Engine or a sibling package of `kernels`.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple, Optional
 
 import torch
+import triton
+import triton.language as tl
 
-from . import triangle_input_gradients as input_gradients
-from . import triangle_output_gradients as output_gradients
 from . import triangle_tiles as tiles
-from .float8_quantize import _FORMATS, quantize_float8_current
-from .triangle_forward import check_output, turn_codes
-from .triangle_output_gradients import Band
-from .triangle_tiles import GatedProjection, Norm
-
-# Gradients of the output projection and LN_out(c) are stored for this share of z's positions at a time: memory.
-_BAND_POSITIONS = 2**20
-
-
-class GateGradient(NamedTuple):
-    """What `output_backward` hands to `project_backward`.
-
-    `x`: LN_in(z), ``[B N, N_p, D]`` in the weights' dtype; `grad_g`: gradient of the output gate before its
-    sigmoid, ``[D, B N N_p]``; `weight`: the gate's, ``[D, D]``. ``N_p`` is N rounded up to a multiple of 16.
-    """
-
-    x: torch.Tensor
-    grad_g: torch.Tensor
-    weight: torch.Tensor
+from . import triangle_weight_gradients as weight_gradients
+from .float8_quantize import _FORMATS, _encode, _raise_amax, quantize_float8_current
+from .triangle_forward import check_output
+from .triangle_tiles import (
+    GatedProjection,
+    Norm,
+    Tile,
+    add_bias,
+    dot,
+    find_moments,
+    load_channels,
+    load_pairs,
+    load_rows,
+    load_weights,
+    locate,
+    no_sums,
+    normalize,
+    pair_rows,
+    scale_channels,
+    sigmoid,
+    split_rows,
+)
+from .turn_codes import turn_codes
 
 
 class OutputGradients(NamedTuple):
@@ -44,14 +51,14 @@ class OutputGradients(NamedTuple):
 
     `grad_c`: ``[B, H, N_p, N_p]`` (i, j), zero padded: uint8 codes, or the weights' dtype without FP8.
     `grad_c_turned`: codes (j, i); None without FP8. `scale_inv`: float32 ``[1]`` or None.
-    `grad_x`: for `project_backward`, which may write to its memory.
-    `norm_out` and `output`: gradients in their parameters' places and dtypes.
+    `grad_x`: ``[B, N, N, D]``, the output gate's part of the gradient of ``x = LN_in(z)`` (not of z), in z's
+    dtype, for `project_backward`. `norm_out` and `output`: gradients in their parameters' places and dtypes.
     """
 
     grad_c: torch.Tensor
     grad_c_turned: Optional[torch.Tensor]
     scale_inv: Optional[torch.Tensor]
-    grad_x: GateGradient
+    grad_x: torch.Tensor
     norm_out: Norm
     output: GatedProjection
 
@@ -62,6 +69,26 @@ class InputGradients(NamedTuple):
     z: torch.Tensor
     norm: Norm
     projection: GatedProjection
+
+
+@lru_cache(maxsize=256)
+def choose_output_tile(dim: int, hidden: int, dtype: torch.dtype) -> Tile:
+    """Tile of `output_backward`'s activations."""
+    if dtype == torch.float32:
+        return Tile(16, tiles.largest_chunk(dim, 32), 4, 2, 1, False)
+    if dim * (dim + hidden) * dtype.itemsize <= 65536:
+        return Tile(64, tiles.largest_chunk(dim, 128), 8, 1, 1, True)
+    return Tile(32, tiles.largest_chunk(dim, 64), 8, 1, 1, False)
+
+
+@lru_cache(maxsize=256)
+def choose_input_tile(dim: int, hidden: int, dtype: torch.dtype) -> Tile:
+    """Tile of `project_backward`'s activations."""
+    if dtype == torch.float32:
+        return Tile(16, tiles.largest_chunk(hidden, 32), 4, 2, 1)
+    if dim == 128 and hidden % 64 == 0:
+        return Tile(64, 64, 4, 2, 2)
+    return Tile(64 if dim <= 128 else 32, tiles.largest_chunk(hidden, 64), 8, 1, 1)
 
 
 def output_backward(
@@ -110,44 +137,39 @@ def output_backward(
     if fp8_dtype not in (None, *_FORMATS):
         raise ValueError(f'`fp8_dtype` must be None, "e4m3" or "e5m2" and came as {fp8_dtype!r}')
     if scale is None and amax is not None or scale is not None and fp8_dtype is None:
-        raise ValueError("`scale` and `amax` are those of delayed scaling: with fp8_dtype, together")
+        raise ValueError(
+            "`scale` and `amax` are those of delayed scaling: with fp8_dtype, together"
+        )
     for name, state in (("scale", scale), ("amax", amax)):
         tiles.check_state(name, state, 1, z.device)
     batch, size = z.shape[:2]
-    pitch = tiles.pad(size)
-    rows = batch * size
-    dtype, device = output.weight_p.dtype, z.device
+    padded = tiles.pad(size)
+    dtype = output.weight_p.dtype
     is_delayed = scale is not None
-    shape = (batch, hidden, pitch, pitch)
-    grad_c = torch.empty(shape, dtype=torch.uint8 if is_delayed else dtype, device=device)
-    if pitch != size:
-        grad_c[:, :, size:].zero_()
-    scale_inv = scale.reshape(1).reciprocal() if is_delayed else None
-    x = torch.empty((rows, pitch, dim), dtype=dtype, device=device)
-    grad_g = torch.empty((dim, rows * pitch), dtype=dtype, device=device)
-    moments = torch.empty((2, rows * pitch), dtype=torch.float32, device=device)
+    shape = (batch, hidden, padded, padded)
+    grad_c = torch.empty(shape, dtype=torch.uint8 if is_delayed else dtype, device=z.device)
+    grad_x = torch.empty_like(z)
+    scale_inv = torch.empty(1, dtype=torch.float32, device=z.device) if is_delayed else None
 
-    quantization = (fp8_dtype if is_delayed else None, scale, amax, scale_inv)
-    bias_sums, norm_sums, weight_sums = [], [], []
-    for band in _split_rows(rows, pitch):
-        columns = band.size * pitch
-        normalized = torch.empty((hidden, columns), dtype=dtype, device=device)
-        grad_p = torch.empty((dim, columns), dtype=dtype, device=device)
-        outputs = (x, normalized, grad_p, grad_g, moments)
-        bias_sums.append(
-            output_gradients.run_gates(
-                grad_out, c, z, norm_in, norm_out, output, band, outputs
-            )  # fmt: skip
-        )
-        norm_sums.append(
-            output_gradients.find_grad_c(
-                grad_p, c, moments, norm_out, output, band, grad_c, quantization
-            )
-        )
-        weight_sums.append(_multiply_shares(grad_p, normalized.mT, band.size))
-        del normalized, grad_p, outputs
-    gate_sums = [_multiply_shares(grad_g, x.view(-1, dim), rows)] if z.numel() else []
-
+    tile = choose_output_tile(dim, hidden, dtype)
+    num_tiles = batch * triton.cdiv(padded * padded, tile.positions)
+    multiprocessors = tiles.num_multiprocessors(z.get_device())
+    num_programs = min(num_tiles, tile.programs_per_multiprocessor * multiprocessors)
+    norm_sums = torch.zeros((max(num_programs, 1), 2 * hidden), device=z.device)
+    if z.numel():
+        constants = (
+            size, padded, num_tiles, *c.stride()[:3], float(norm_in.eps), float(norm_out.eps), dim,
+            hidden, tiles.largest_chunk(dim, 128), tiles.largest_chunk(hidden, 128), tile.positions,
+            tile.channels, padded < tile.positions, size == padded, is_delayed, fp8_dtype == "e5m2",
+            tile.is_resident, tile.num_stages, tiles.dot_precision(dtype),
+        )  # fmt: skip
+        pointers = (
+            grad_out, c, z, norm_in.weight, norm_in.bias, norm_out.weight, norm_out.bias, *output,
+            grad_c, grad_x, norm_sums, scale, amax, scale_inv,
+        )  # fmt: skip
+        tiles.launch_tile(_output_kernel, num_programs, tile, pointers, constants)
+    elif is_delayed:
+        torch.reciprocal(scale.reshape(1), out=scale_inv)
     grad_c_turned = None
     if is_delayed:
         grad_c_turned = turn_codes(grad_c)
@@ -160,17 +182,10 @@ def output_backward(
             amax_epsilon=amax_epsilon,
             force_pow_2_scales=force_pow_2_scales,
         )
-    norm_grads = _cast_sums(norm_sums, (norm_out.weight, norm_out.bias), (hidden,), (hidden,))
-    bias_p, bias_g = _cast_sums(bias_sums, (output.bias_p, output.bias_g), (dim,), (dim,))
-    (weight_p,) = _cast_sums(weight_sums, (output.weight_p,), (dim, hidden))
-    (weight_g,) = _cast_sums(gate_sums, (output.weight_g,), (dim, dim))
+    norm_grads = tiles.cast_sums(norm_sums, (norm_out.weight, norm_out.bias), ((hidden,),) * 2)
+    output_grads = weight_gradients.find_output_gradients(grad_out, c, z, norm_in, norm_out, output)
     return OutputGradients(
-        grad_c,
-        grad_c_turned,
-        scale_inv,
-        GateGradient(x, grad_g, output.weight_g),
-        Norm(*norm_grads, norm_out.eps),
-        GatedProjection(weight_p, bias_p, weight_g, bias_g),
+        grad_c, grad_c_turned, scale_inv, grad_x, Norm(*norm_grads, norm_out.eps), output_grads
     )
 
 
@@ -181,7 +196,7 @@ def project_backward(
     norm: Norm,
     projection: GatedProjection,
     mask: Optional[torch.Tensor],
-    grad_x: Optional[GateGradient] = None,
+    grad_x: Optional[torch.Tensor] = None,
 ) -> InputGradients:
     """Backward of `triangle_forward.project_operands`.
 
@@ -192,9 +207,9 @@ def project_backward(
         incoming. Contiguous in the last dim, else any strides; FP32, BF16 or FP16.
     z, norm, projection, mask
         As `project_operands` was given them. The mask gets no gradient.
-    grad_x : GateGradient, optional
-        The `grad_x` that `output_backward` has returned for the same z; without it, the gate's part is zero.
-        Must not be used again: its memory may be that of the gradient of z.
+    grad_x : torch.Tensor, optional
+        ``[B, N, N, D]`` in z's dtype: a further gradient of ``x = LN(z)``, that of `output_backward`. Its
+        memory is used for the gradient of z.
 
     Returns
     -------
@@ -216,71 +231,357 @@ def project_backward(
             f"{grad_b.dtype}, shape {tuple(grad_b.shape)}"
         )
     tiles.check_norm("norm", norm, dim, z.device)
-    shape = (2 * hidden, dim)
-    tiles.check_projection("projection", projection, shape, shape, z.device)
+    rows = (2 * hidden, dim)
+    tiles.check_projection("projection", projection, rows, rows, z.device)
     if mask is not None:
         mask = tiles.check_mask(mask, z)
+    if grad_x is not None:
+        tiles.check_tensor("grad_x", grad_x, tuple(z.shape), z.device)
+        if grad_x.dtype != z.dtype:
+            raise TypeError(f"`grad_x` must be {z.dtype} as z and came as {grad_x.dtype}")
+    grad_z = torch.empty_like(z) if grad_x is None else grad_x
     dtype = projection.weight_p.dtype
+    # Before grad_x is overwritten nothing else needs it; the weights' kernel reads z and the operands' gradients.
+    grads = weight_gradients.find_projection_gradients(grad_a, grad_b, z, norm, projection, mask)
+    tile = choose_input_tile(dim, hidden, dtype)
     pitch = tiles.pad(size)
-    grads = (grad_a, grad_b)
-    if grad_x is None:
-        x = torch.empty((batch * size, pitch, dim), dtype=dtype, device=z.device)
-        gate = (None, None)
-        if x.numel():
-            input_gradients.normalize_rows(z, norm, x)
-    else:
-        x, *gate = grad_x
-        if tuple(x.shape) != (batch * size, pitch, dim) or x.dtype != dtype:
-            raise ValueError(
-                f"`grad_x` must be what output_backward returned for this z and weights of {dtype}; "
-                f"its x is {x.dtype} {list(x.shape)}"
+    num_tiles = batch * triton.cdiv(size * pitch, tile.positions)
+    multiprocessors = tiles.num_multiprocessors(z.get_device())
+    num_programs = min(num_tiles, tile.programs_per_multiprocessor * multiprocessors)
+    norm_sums = torch.zeros((max(num_programs, 1), 2 * dim), device=z.device)
+    if z.numel():
+        constants = (
+            size, pitch, num_tiles, *grad_a.stride()[:3], *grad_b.stride()[:3], float(norm.eps), dim,
+            hidden, tiles.largest_chunk(dim, 128), tile.positions, tile.channels,
+            pitch < tile.positions, size == pitch and size * pitch % tile.positions == 0,
+            tile.num_stages, tiles.dot_precision(dtype),
+        )  # fmt: skip
+        pointers = (
+            grad_a, grad_b, z, mask, norm.weight, norm.bias, *projection, grad_x, grad_z, norm_sums
+        )  # fmt: skip
+        tiles.launch_tile(_input_kernel, num_programs, tile, pointers, constants)
+    norm_grads = tiles.cast_sums(norm_sums, (norm.weight, norm.bias), ((dim,),) * 2)
+    return InputGradients(grad_z, Norm(*norm_grads, norm.eps), grads)
+
+
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr", "amax_ptr", "scale_inv_ptr"])
+def _output_kernel(
+    grad_out_ptr,
+    c_ptr,
+    z_ptr,
+    in_weight_ptr,
+    in_bias_ptr,
+    out_weight_ptr,
+    out_bias_ptr,
+    p_weight_ptr,
+    p_bias_ptr,
+    g_weight_ptr,
+    g_bias_ptr,
+    grad_c_ptr,
+    grad_x_ptr,
+    sums_ptr,
+    scale_ptr,
+    amax_ptr,
+    scale_inv_ptr,
+    size,
+    padded,
+    num_tiles,
+    c_batch_stride,
+    c_channel_stride,
+    c_row_stride,
+    in_eps,
+    out_eps,
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    DIM_CHUNK: tl.constexpr,
+    HIDDEN_CHUNK: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SMALL: tl.constexpr,
+    EVEN: tl.constexpr,
+    FP8: tl.constexpr,
+    E5M2: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program makes every so many tiles of grad_c and grad_x, and its sums over positions for LN_out."""
+    NUM_DIM: tl.constexpr = DIM // DIM_CHUNK
+    NUM_HIDDEN: tl.constexpr = HIDDEN // HIDDEN_CHUNK
+    dtype = p_weight_ptr.dtype.element_ty
+    order = tl.arange(0, POSITIONS)
+    p_weights = ()
+    g_weights = ()
+    if RESIDENT:
+        for block in tl.static_range(DIM // CHANNELS):
+            first = block * CHANNELS
+            p_weights = p_weights + load_weights(
+                p_weight_ptr, first, CHANNELS, HIDDEN, HIDDEN_CHUNK
+            )  # fmt: skip
+            g_weights = g_weights + load_weights(g_weight_ptr, first, CHANNELS, DIM, DIM_CHUNK)
+    scale = 1.0
+    if FP8:
+        scale = tl.load(scale_ptr)
+        scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
+        tl.store(scale_inv_ptr, scale_inv, mask=tl.program_id(0) == 0)
+    known_amax = 0.0
+    if amax_ptr is not None:
+        known_amax = tl.load(amax_ptr)
+    amax = tl.zeros((HIDDEN_CHUNK,), tl.float32)
+    area = padded.to(tl.int64) * padded
+    tiles_per_item = tl.cdiv(padded * padded, POSITIONS)
+    weight_sums = no_sums(HIDDEN, HIDDEN_CHUNK)
+    bias_sums = no_sums(HIDDEN, HIDDEN_CHUNK)
+
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
+        item = (tile // tiles_per_item).to(tl.int64)
+        first_position = (tile % tiles_per_item) * POSITIONS
+        row, col = locate(first_position, order, padded, SMALL)
+        inside = (row < size) & (col < size)
+        position = item * size * size + row * size + col
+        chunks = load_rows(z_ptr, position * DIM, inside, DIM, DIM_CHUNK, EVEN)
+        mean, rstd = find_moments(chunks, in_eps, 1, DIM, NUM_DIM)
+        xs = normalize(
+            chunks, mean, rstd, in_weight_ptr, in_bias_ptr, 1, DIM_CHUNK, NUM_DIM, dtype
+        )  # fmt: skip
+        offsets = item * c_batch_stride + row.to(tl.int64) * c_row_stride + col
+        c_chunks = load_channels(
+            c_ptr, offsets, inside, c_channel_stride, HIDDEN, HIDDEN_CHUNK, EVEN
+        )  # fmt: skip
+        mean, rstd = find_moments(c_chunks, out_eps, 0, HIDDEN, NUM_HIDDEN)
+        cs = normalize(
+            c_chunks, mean, rstd, out_weight_ptr, out_bias_ptr, 0, HIDDEN_CHUNK, NUM_HIDDEN, dtype
+        )  # fmt: skip
+        grad_xs = ()
+        for _ in tl.static_range(NUM_DIM):
+            grad_xs = grad_xs + (tl.zeros((DIM_CHUNK, POSITIONS), tl.float32),)
+        grad_cs = ()
+        for _ in tl.static_range(NUM_HIDDEN):
+            grad_cs = grad_cs + (tl.zeros((HIDDEN_CHUNK, POSITIONS), tl.float32),)
+
+        for block in tl.static_range(DIM // CHANNELS):
+            first = block * CHANNELS
+            if RESIDENT:
+                p_block = p_weights[block * NUM_HIDDEN : (block + 1) * NUM_HIDDEN]
+                g_block = g_weights[block * NUM_DIM : (block + 1) * NUM_DIM]
+            else:
+                p_block = load_weights(p_weight_ptr, first, CHANNELS, HIDDEN, HIDDEN_CHUNK)
+                g_block = load_weights(g_weight_ptr, first, CHANNELS, DIM, DIM_CHUNK)
+            g = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+            for index in tl.static_range(NUM_DIM):
+                g = dot(g_block[index], tl.trans(xs[index]), g, PRECISION)
+            p = tl.zeros((CHANNELS, POSITIONS), tl.float32)
+            for index in tl.static_range(NUM_HIDDEN):
+                p = dot(p_block[index], cs[index], p, PRECISION)
+            p = add_bias(p, p_bias_ptr, first, CHANNELS, 0)
+            gate = sigmoid(add_bias(g, g_bias_ptr, first, CHANNELS, 0))
+            pointers = grad_out_ptr + (first + tl.arange(0, CHANNELS))[:, None]
+            pointers += (position * DIM)[None, :]
+            if EVEN:
+                grad = tl.load(pointers).to(tl.float32)
+            else:
+                grad = tl.load(pointers, mask=inside[None, :], other=0.0).to(tl.float32)
+            grad *= gate
+            grad_p = grad.to(dtype)
+            grad_g = (grad * p * (1.0 - gate)).to(dtype)
+            new_xs = ()
+            for index in tl.static_range(NUM_DIM):
+                product = dot(tl.trans(g_block[index]), grad_g, grad_xs[index], PRECISION)
+                new_xs = new_xs + (product,)
+            grad_xs = new_xs
+            new_cs = ()
+            for index in tl.static_range(NUM_HIDDEN):
+                product = dot(tl.trans(p_block[index]), grad_p, grad_cs[index], PRECISION)
+                new_cs = new_cs + (product,)
+            grad_cs = new_cs
+
+        for index in tl.static_range(NUM_DIM):
+            channels = index * DIM_CHUNK + tl.arange(0, DIM_CHUNK)
+            pointers = grad_x_ptr + (position * DIM)[:, None] + channels[None, :]
+            values = tl.trans(grad_xs[index].to(grad_x_ptr.dtype.element_ty))
+            if EVEN:
+                tl.store(pointers, values)
+            else:
+                tl.store(pointers, values, mask=inside[:, None])
+
+        # Backward of LN_out, over the rows of [channels, positions].
+        sum_1 = tl.zeros((POSITIONS,), tl.float32)
+        sum_2 = tl.zeros((POSITIONS,), tl.float32)
+        new_weight_sums = ()
+        new_bias_sums = ()
+        for index in tl.static_range(NUM_HIDDEN):
+            hat = (c_chunks[index].to(tl.float32) - mean[None, :]) * rstd[None, :]
+            grad = grad_cs[index]
+            new_weight_sums = new_weight_sums + (weight_sums[index] + tl.sum(grad * hat, axis=1),)
+            new_bias_sums = new_bias_sums + (bias_sums[index] + tl.sum(grad, axis=1),)
+            grad = scale_channels(grad, out_weight_ptr, index * HIDDEN_CHUNK, HIDDEN_CHUNK, 0)
+            sum_1 += tl.sum(grad, axis=0)
+            sum_2 += tl.sum(grad * hat, axis=0)
+        weight_sums = new_weight_sums
+        bias_sums = new_bias_sums
+        sum_1 *= 1.0 / HIDDEN
+        sum_2 *= 1.0 / HIDDEN
+        for index in tl.static_range(NUM_HIDDEN):
+            hat = (c_chunks[index].to(tl.float32) - mean[None, :]) * rstd[None, :]
+            grad = scale_channels(
+                grad_cs[index], out_weight_ptr, index * HIDDEN_CHUNK, HIDDEN_CHUNK, 0
             )
-    norm_sums, weight_sums = [], []
-    if z.numel():
-        weight_sums = [input_gradients.find_weight_gradients(grads, x, z, projection, mask)]
-    # A tile of x is read before the same tile of grad_z is written, by one program.
-    grad_z = x.view(z.shape) if pitch == size and dtype == z.dtype else torch.empty_like(z)
-    if z.numel():
-        norm_sums = [
-            input_gradients.find_grad_z(grads, x, z, norm, projection, mask, tuple(gate), grad_z)
-        ]
-    norm_grads = _cast_sums(norm_sums, (norm.weight, norm.bias), (dim,), (dim,))
-    rows = (2 * hidden,)
-    projection_grads = _cast_sums(weight_sums, tuple(projection), shape, rows, shape, rows)
-    return InputGradients(grad_z, Norm(*norm_grads, norm.eps), GatedProjection(*projection_grads))
+            values = (grad - sum_1[None, :] - hat * sum_2[None, :]) * rstd[None, :]
+            if not EVEN:
+                values = tl.where(inside[None, :], values, 0.0)
+            if amax_ptr is not None:
+                amax = tl.maximum(amax, tl.max(tl.abs(values), axis=1))
+            if FP8:
+                codes = _encode(values, scale, E5M2)
+                if not EVEN:
+                    codes = tl.where(inside[None, :], codes, 0).to(tl.uint8)
+            else:
+                codes = values.to(grad_c_ptr.dtype.element_ty)
+            channel = index * HIDDEN_CHUNK + tl.arange(0, HIDDEN_CHUNK)
+            columns = first_position + order
+            pointers = grad_c_ptr + ((item * HIDDEN + channel) * area)[:, None] + columns[None, :]
+            if SMALL:
+                tl.store(pointers, codes, mask=(columns < area)[None, :])
+            else:
+                tl.store(pointers, codes)
+
+    if amax_ptr is not None:
+        _raise_amax(amax_ptr, known_amax, tl.max(amax, axis=0))
+    sums_ptr += tl.program_id(0) * 2 * HIDDEN
+    for index in tl.static_range(NUM_HIDDEN):
+        channels = index * HIDDEN_CHUNK + tl.arange(0, HIDDEN_CHUNK)
+        tl.store(sums_ptr + channels, weight_sums[index])
+        tl.store(sums_ptr + HIDDEN + channels, bias_sums[index])
 
 
-def _split_rows(rows: int, pitch: int) -> list[Band]:
-    """Bands of as many rows as `_BAND_POSITIONS` hold, at least one row each."""
-    size = max(1, _BAND_POSITIONS // max(pitch, 1))
-    return [Band(first, min(size, rows - first)) for first in range(0, rows, size)]
+@triton.jit
+def _input_kernel(
+    grad_a_ptr,
+    grad_b_ptr,
+    z_ptr,
+    mask_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    p_weight_ptr,
+    p_bias_ptr,
+    g_weight_ptr,
+    g_bias_ptr,
+    grad_x_ptr,
+    grad_z_ptr,
+    sums_ptr,
+    size,
+    pitch,
+    num_tiles,
+    a_batch_stride,
+    a_channel_stride,
+    a_row_stride,
+    b_batch_stride,
+    b_channel_stride,
+    b_row_stride,
+    eps,
+    DIM: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    CHUNK: tl.constexpr,
+    POSITIONS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    SMALL: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """A program makes every so many tiles of grad_z, and its sums over positions for LN_in."""
+    NUM: tl.constexpr = DIM // CHUNK
+    dtype = p_weight_ptr.dtype.element_ty
+    order = tl.arange(0, POSITIONS)
+    tiles_per_item = tl.cdiv(size * pitch, POSITIONS)
+    weight_sums = no_sums(DIM, CHUNK)
+    bias_sums = no_sums(DIM, CHUNK)
 
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=1):
+        item = (tile // tiles_per_item).to(tl.int64)
+        row, col = locate((tile % tiles_per_item) * POSITIONS, order, pitch, SMALL)
+        inside = (row < size) & (col < size)
+        position = item * size * size + row * size + col
+        chunks = load_rows(z_ptr, position * DIM, inside, DIM, CHUNK, EVEN)
+        mean, rstd = find_moments(chunks, eps, 1, DIM, NUM)
+        xs = normalize(
+            chunks, mean, rstd, norm_weight_ptr, norm_bias_ptr, 1, CHUNK, NUM, dtype
+        )  # fmt: skip
+        if mask_ptr is not None:
+            factor = tl.load(mask_ptr + position, mask=inside, other=0).to(tl.float32)
+        grad_xs = ()
+        for _ in tl.static_range(NUM):
+            grad_xs = grad_xs + (tl.zeros((CHUNK, POSITIONS), tl.float32),)
+        for block in tl.range(0, 2 * HIDDEN // CHANNELS, num_stages=STAGES):
+            first = block * CHANNELS
+            weights = load_pairs(p_weight_ptr, g_weight_ptr, first, CHANNELS, DIM, CHUNK)
+            both = tl.zeros((2 * CHANNELS, POSITIONS), tl.float32)
+            for index in tl.static_range(NUM):
+                both = dot(weights[index], tl.trans(xs[index]), both, PRECISION)
+            p, g = split_rows(both, CHANNELS, POSITIONS)
+            is_a = first < HIDDEN
+            channels = (first % HIDDEN + tl.arange(0, CHANNELS)).to(tl.int64)
+            channels *= tl.where(is_a, a_channel_stride, b_channel_stride)
+            pointers = tl.where(is_a, grad_a_ptr, grad_b_ptr) + channels[:, None]
+            offsets = item * tl.where(is_a, a_batch_stride, b_batch_stride) + col
+            offsets += row.to(tl.int64) * tl.where(is_a, a_row_stride, b_row_stride)
+            pointers += offsets[None, :]
+            if EVEN:
+                grad = tl.load(pointers).to(tl.float32)
+            else:
+                grad = tl.load(pointers, mask=inside[None, :], other=0.0).to(tl.float32)
+            p = add_bias(p, p_bias_ptr, first, CHANNELS, 0)
+            gate = sigmoid(add_bias(g, g_bias_ptr, first, CHANNELS, 0))
+            if mask_ptr is not None:
+                grad *= factor[None, :]
+            grad *= gate
+            grad_g = (grad * p * (1.0 - gate)).to(dtype)
+            grads = pair_rows(grad.to(dtype), grad_g, CHANNELS, POSITIONS)
+            new_xs = ()
+            for index in tl.static_range(NUM):
+                product = dot(tl.trans(weights[index]), grads, grad_xs[index], PRECISION)
+                new_xs = new_xs + (product,)
+            grad_xs = new_xs
 
-def _multiply_shares(left: torch.Tensor, right: torch.Tensor, rows: int) -> torch.Tensor:
-    """``left @ right`` as float32 products ``[shares, m n]`` over shares of the long contracted dim.
+        # Backward of LN_in, over the rows of [channels, positions].
+        sum_1 = tl.zeros((POSITIONS,), tl.float32)
+        sum_2 = tl.zeros((POSITIONS,), tl.float32)
+        new_xs = ()
+        new_weight_sums = ()
+        new_bias_sums = ()
+        for index in tl.static_range(NUM):
+            channels = index * CHUNK + tl.arange(0, CHUNK)
+            grad = grad_xs[index]
+            if grad_x_ptr is not None:
+                pointers = grad_x_ptr + channels[:, None] + (position * DIM)[None, :]
+                if EVEN:
+                    grad += tl.load(pointers).to(tl.float32)
+                else:
+                    grad += tl.load(pointers, mask=inside[None, :], other=0.0).to(tl.float32)
+            hat = (tl.trans(chunks[index]).to(tl.float32) - mean[None, :]) * rstd[None, :]
+            new_weight_sums = new_weight_sums + (weight_sums[index] + tl.sum(grad * hat, axis=1),)
+            new_bias_sums = new_bias_sums + (bias_sums[index] + tl.sum(grad, axis=1),)
+            grad = scale_channels(grad, norm_weight_ptr, index * CHUNK, CHUNK, 0)
+            new_xs = new_xs + (grad,)
+            sum_1 += tl.sum(grad, axis=0)
+            sum_2 += tl.sum(grad * hat, axis=0)
+        weight_sums = new_weight_sums
+        bias_sums = new_bias_sums
+        sum_1 *= 1.0 / DIM
+        sum_2 *= 1.0 / DIM
+        for index in tl.static_range(NUM):
+            channels = index * CHUNK + tl.arange(0, CHUNK)
+            hat = (tl.trans(chunks[index]).to(tl.float32) - mean[None, :]) * rstd[None, :]
+            values = (new_xs[index] - sum_1[None, :] - hat * sum_2[None, :]) * rstd[None, :]
+            values = tl.trans(values.to(grad_z_ptr.dtype.element_ty))
+            pointers = grad_z_ptr + (position * DIM)[:, None] + channels[None, :]
+            if EVEN:
+                tl.store(pointers, values)
+            else:
+                tl.store(pointers, values, mask=inside[:, None])
 
-    One product would leave most of the device idle. `rows` divides the contracted dim; a share is some rows.
-    """
-    (m, contracted), n = left.shape, right.shape[1]
-    # At least 32 shares, if there are as many divisors.
-    shares = next((share for share in range(min(32, rows), rows + 1) if rows % share == 0), 1)
-    left = left.view(m, shares, contracted // shares).transpose(0, 1)
-    right = right.unflatten(0, (shares, contracted // shares))
-    if left.is_cuda and left.dtype != torch.float32:
-        product = torch.bmm(left, right, out_dtype=torch.float32)
-    else:
-        product = torch.bmm(left.float(), right.float())
-    return product.view(shares, m * n)
-
-
-def _cast_sums(
-    sums: list[Optional[torch.Tensor]],
-    parameters: tuple[Optional[torch.Tensor], ...],
-    *shapes: tuple[int, ...],
-) -> tuple[Optional[torch.Tensor], ...]:
-    """Gradients of parameters from partial sums, one parameter behind the other; zero without any sums."""
-    if not sums:
-        return tuple(None if x is None else torch.zeros_like(x) for x in parameters)
-    if all(x is None for x in parameters):
-        return (None,) * len(parameters)
-    return tiles.cast_sums(sums[0] if len(sums) == 1 else torch.cat(sums), parameters, shapes)
+    sums_ptr += tl.program_id(0) * 2 * DIM
+    for index in tl.static_range(NUM):
+        channels = index * CHUNK + tl.arange(0, CHUNK)
+        tl.store(sums_ptr + channels, weight_sums[index])
+        tl.store(sums_ptr + DIM + channels, bias_sums[index])

@@ -24,10 +24,11 @@ from .float8_quantize import _FORMATS, _compute_scale, _encode, _raise_amax
 from .triangle_tiles import (
     GatedProjection,
     Norm,
+    Tile,
     add_bias,
     dot,
     find_moments,
-    load_matrix,
+    load_channels,
     load_pairs,
     load_rows,
     load_weights,
@@ -36,8 +37,11 @@ from .triangle_tiles import (
     sigmoid,
     split_rows,
 )
+from .turn_codes import turn_codes
 
 _MODES = ("outgoing", "incoming")
+# Elements from one scale to the next.
+_SCALE_STRIDE = tl.constexpr(4)
 
 
 class Operands(NamedTuple):
@@ -46,7 +50,7 @@ class Operands(NamedTuple):
     `a`, `b`: ``[B, H, N_p, N_p]`` contiguous, the contracted index last: ``a[b, h, i, k]`` and
     ``b[b, h, j, k]``. uint8 codes, or the weights' dtype if not quantized. ``N_p`` is N rounded up to a
     multiple of 16, padding is zero. `a_turned`, `b_turned`: each item's transpose ``[b, h, k, i]``.
-    What was not asked for is None. `scale_invs`: float32 ``[2]``, ``1 / scales``; None without FP8.
+    What was not asked for is None. `scale_invs`: float32 ``[2]``, ``1 / scales``, 16 bytes apart; None without FP8.
     """
 
     a: Optional[torch.Tensor]
@@ -56,20 +60,12 @@ class Operands(NamedTuple):
     scale_invs: Optional[torch.Tensor]
 
 
-class Tile(NamedTuple):
-    """What one program holds: positions, output channels at a time, warps; how it waits for what it reads."""
-
-    positions: int
-    channels: int
-    num_warps: int
-    programs_per_multiprocessor: int
-    num_stages: int
-    is_resident: bool
-
-
 @lru_cache(maxsize=256)
 def choose_operand_tile(dim: int, hidden: int, dtype: torch.dtype) -> Tile:
-    """Tile of `project_operands`; weights stay in shared memory where those of one operand fit."""
+    """Tile of `project_operands`; weights stay in shared memory where those of one operand fit.
+
+    BF16 at D = H = 128: the fastest of a sweep on an H200, `benchmarks/triangle_kernels.py`.
+    """
     channels = tiles.largest_chunk(hidden, 64)
     if dtype == torch.float32:
         return Tile(32, min(channels, 32), 4, 2, 1, False)
@@ -81,13 +77,13 @@ def choose_operand_tile(dim: int, hidden: int, dtype: torch.dtype) -> Tile:
 
 @lru_cache(maxsize=256)
 def choose_output_tile(dim: int, hidden: int, dtype: torch.dtype) -> Tile:
-    """Tile of `project_output`."""
+    """Tile of `project_output`; see `choose_operand_tile`."""
     channels = tiles.largest_chunk(dim, 64)
     if dtype == torch.float32:
         return Tile(32, min(channels, 32), 4, 2, 1, False)
     weights_bytes = dim * (dim + hidden) * dtype.itemsize
     if weights_bytes <= 65536:
-        return Tile(64, channels, 4, 2, 1, True)
+        return Tile(64, tiles.largest_chunk(dim, 128), 4, 2, 1, True)
     return Tile(64, channels, 4, 2, 1, False)
 
 
@@ -175,7 +171,10 @@ def project_operands(
     both = torch.empty((2, batch, hidden, padded, padded), dtype=dtype, device=z.device)
     scale_invs = None
     if fp8_dtype is not None:
-        scale_invs = torch.empty(2, dtype=torch.float32, device=z.device)
+        # Each at an address of 16 bytes, which cuBLASLt asks of a scale.
+        scale_invs = torch.empty((2, _SCALE_STRIDE.value), dtype=torch.float32, device=z.device)[
+            :, 0
+        ]
     if both.numel():
         options = (mode == "incoming", fp8_dtype, force_pow_2_scales, amax_epsilon)
         _launch_operands(
@@ -201,37 +200,6 @@ def find_operand_amaxes(
         outputs = (None, None, amaxes, None)
         _launch_operands(z, norm, projection, mask, outputs, (False, None, False, 0.0), tile)
     return amaxes
-
-
-def turn_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Transposes each matrix of bytes: uint8 ``[*batch, R, C]`` -> ``[*batch, C, R]``, both contiguous.
-
-    Parameters
-    ----------
-    codes : torch.Tensor
-        uint8, contiguous; R and C multiples of 16.
-
-    Raises
-    ------
-    ValueError
-        If `codes` is something else.
-    """
-    rows, cols = codes.shape[-2:]
-    if codes.dtype != torch.uint8 or not codes.is_contiguous() or rows % 16 or cols % 16:
-        raise ValueError(
-            "`codes` must be contiguous uint8 with dims that are multiples of 16 and came as "
-            f"{codes.dtype}, shape {tuple(codes.shape)}, stride {codes.stride()}"
-        )
-    turned = torch.empty((*codes.shape[:-2], cols, rows), dtype=torch.uint8, device=codes.device)
-    if codes.numel():
-        # Words of four codes: shared memory turns bytes four times slower.
-        block_rows, block_cols = 128, 128
-        num_tiles = triton.cdiv(rows, block_rows) * triton.cdiv(cols, block_cols)
-        is_even = rows % block_rows == 0 and cols % block_cols == 0
-        constants = (rows, cols, is_even, block_rows, block_cols)
-        num_items = codes.numel() // (rows * cols)
-        tiles.launch(_turn_kernel, num_items * num_tiles, 8, (codes, turned), constants)
-    return turned
 
 
 def project_output(
@@ -287,9 +255,7 @@ def project_output(
     pointers = (
         c, z, norm_in.weight, norm_in.bias, norm_out.weight, norm_out.bias, *output, out
     )  # fmt: skip
-    tiles.launch(
-        _output_kernel, num_programs, tile.num_warps, pointers, constants, tile.programs_per_multiprocessor
-    )  # fmt: skip
+    tiles.launch_tile(_output_kernel, num_programs, tile, pointers, constants)
     return out
 
 
@@ -353,9 +319,7 @@ def _launch_operands(
         padded < tile.positions, tile.is_resident, tile.num_stages, tiles.dot_precision(dtype),
     )  # fmt: skip
     pointers = (z, mask, norm.weight, norm.bias, *projection, *outputs)
-    tiles.launch(
-        _operands_kernel, num_programs, tile.num_warps, pointers, constants, tile.programs_per_multiprocessor
-    )  # fmt: skip
+    tiles.launch_tile(_operands_kernel, num_programs, tile, pointers, constants)
 
 
 @triton.jit
@@ -373,9 +337,7 @@ def _order_positions(POSITIONS: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _sort_positions(
-    values, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, VECTOR: tl.constexpr
-):
+def _sort_positions(values, CHANNELS: tl.constexpr, POSITIONS: tl.constexpr, VECTOR: tl.constexpr):
     """Columns in the order of `_order_positions` back in the order of positions."""
     groups: tl.constexpr = POSITIONS // (4 * VECTOR)
     values = values.reshape(CHANNELS, groups, VECTOR // 2, 4, 2).permute(0, 1, 3, 2, 4)
@@ -431,9 +393,7 @@ def _operands_kernel(
     if RESIDENT:
         for block in tl.static_range(BLOCKS):
             first = side * HIDDEN + block * CHANNELS
-            weights = weights + load_pairs(
-                p_weight_ptr, g_weight_ptr, first, CHANNELS, DIM, CHUNK
-            )
+            weights = weights + load_pairs(p_weight_ptr, g_weight_ptr, first, CHANNELS, DIM, CHUNK)
     scale = 1.0
     known_amax = 0.0
     if amaxes_ptr is not None:
@@ -444,7 +404,7 @@ def _operands_kernel(
         else:
             scale = tl.load(scales_ptr + side)
         scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
-        tl.store(scale_invs_ptr + side, scale_inv, mask=tl.program_id(0) < 2)
+        tl.store(scale_invs_ptr + _SCALE_STRIDE * side, scale_inv, mask=tl.program_id(0) < 2)
     area = padded.to(tl.int64) * padded
     tiles_per_item = tl.cdiv(padded * padded, POSITIONS)
     num_items = num_tiles // tiles_per_item
@@ -579,24 +539,18 @@ def _output_kernel(
         )  # fmt: skip
         for block in tl.static_range(DIM // CHANNELS):
             first = block * CHANNELS
+            if RESIDENT:
+                p_block = p_weights[block * NUM_HIDDEN : (block + 1) * NUM_HIDDEN]
+                g_block = g_weights[block * NUM_DIM : (block + 1) * NUM_DIM]
+            else:
+                p_block = load_weights(p_weight_ptr, first, CHANNELS, HIDDEN, HIDDEN_CHUNK)
+                g_block = load_weights(g_weight_ptr, first, CHANNELS, DIM, DIM_CHUNK)
             g = tl.zeros((POSITIONS, CHANNELS), tl.float32)
             for index in tl.static_range(NUM_DIM):
-                if RESIDENT:
-                    weight = g_weights[block * NUM_DIM + index]
-                else:
-                    weight = load_matrix(
-                        g_weight_ptr, first, index * DIM_CHUNK, DIM, CHANNELS, DIM_CHUNK
-                    )
-                g = dot(xs[index], tl.trans(weight), g, PRECISION)
+                g = dot(xs[index], tl.trans(g_block[index]), g, PRECISION)
             p = tl.zeros((POSITIONS, CHANNELS), tl.float32)
             for index in tl.static_range(NUM_HIDDEN):
-                if RESIDENT:
-                    weight = p_weights[block * NUM_HIDDEN + index]
-                else:
-                    weight = load_matrix(
-                        p_weight_ptr, first, index * HIDDEN_CHUNK, HIDDEN, CHANNELS, HIDDEN_CHUNK
-                    )
-                p = dot(tl.trans(cs[index]), tl.trans(weight), p, PRECISION)
+                p = dot(tl.trans(cs[index]), tl.trans(p_block[index]), p, PRECISION)
             p = add_bias(p, p_bias_ptr, first, CHANNELS, 1)
             g = add_bias(g, g_bias_ptr, first, CHANNELS, 1)
             values = (p * sigmoid(g)).to(result_ptr.dtype.element_ty)
@@ -606,60 +560,3 @@ def _output_kernel(
                 tl.store(pointers, values)
             else:
                 tl.store(pointers, values, mask=inside[:, None])
-
-
-@triton.jit
-def load_channels(
-    ptr, offsets, inside, channel_stride, SIZE: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr
-):
-    """Positions of channel-first matrices: a tuple of ``[CHUNK, positions]``, zero where not inside."""
-    chunks = ()
-    for index in tl.static_range(SIZE // CHUNK):
-        channels = (index * CHUNK + tl.arange(0, CHUNK)).to(tl.int64) * channel_stride
-        pointers = ptr + channels[:, None] + offsets[None, :]
-        if EVEN:
-            chunk = tl.load(pointers)
-        else:
-            chunk = tl.load(pointers, mask=inside[None, :], other=0.0)
-        chunks = chunks + (chunk,)
-    return chunks
-
-
-@triton.jit
-def _turn_kernel(
-    codes_ptr,
-    turned_ptr,
-    num_rows,
-    num_cols,
-    EVEN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    """One tile. Four rows are packed into words, and words are turned."""
-    tiles_per_row = tl.cdiv(num_cols, BLOCK_COLS)
-    tiles_per_item = tl.cdiv(num_rows, BLOCK_ROWS) * tiles_per_row
-    program = tl.program_id(0)
-    offset = (program // tiles_per_item).to(tl.int64) * num_rows * num_cols
-    first_row = (program % tiles_per_item) // tiles_per_row * BLOCK_ROWS
-    first_col = (program % tiles_per_row) * BLOCK_COLS
-    quads = first_row + 4 * tl.arange(0, BLOCK_ROWS // 4)
-    cols = first_col + tl.arange(0, BLOCK_COLS)
-    inside = (quads < num_rows)[:, None] & (cols < num_cols)[None, :]
-    words = tl.zeros((BLOCK_ROWS // 4, BLOCK_COLS), tl.int32)
-    for part in tl.static_range(4):
-        pointers = codes_ptr + offset + (quads + part).to(tl.int64)[:, None] * num_cols
-        pointers += cols[None, :]
-        if EVEN:
-            codes = tl.load(pointers)
-        else:
-            codes = tl.load(pointers, mask=inside, other=0)
-        words |= codes.to(tl.int32) << (8 * part)
-    # Words lie in memory as four codes, the first in the lowest byte.
-    turned = tl.trans(words)
-    pointers = (turned_ptr + offset).to(tl.pointer_type(tl.int32))
-    quad = (first_row // 4) + tl.arange(0, BLOCK_ROWS // 4)
-    pointers += cols.to(tl.int64)[:, None] * (num_rows // 4) + quad[None, :]
-    if EVEN:
-        tl.store(pointers, turned)
-    else:
-        tl.store(pointers, turned, mask=tl.trans(inside))

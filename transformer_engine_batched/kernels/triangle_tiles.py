@@ -52,6 +52,21 @@ class GatedProjection(NamedTuple):
     bias_g: Optional[torch.Tensor]
 
 
+class Tile(NamedTuple):
+    """What one program of a kernel holds, and how many programs there are.
+
+    `positions` and output `channels` at a time, its warps, the programs that a multiprocessor runs together, the
+    stages in which Triton loads ahead, and whether its weights stay in shared memory.
+    """
+
+    positions: int
+    channels: int
+    num_warps: int
+    programs_per_multiprocessor: int
+    num_stages: int
+    is_resident: bool = False
+
+
 def pad(size: int) -> int:
     """`size` rounded up to a multiple of `MULTIPLE`."""
     return -(-size // MULTIPLE) * MULTIPLE
@@ -154,9 +169,7 @@ def check_channel_first(name: str, x: torch.Tensor, z: torch.Tensor) -> None:
         raise ValueError(f"`{name}` must be contiguous in its last dim and has stride {x.stride()}")
 
 
-def check_state(
-    name: str, state: Optional[torch.Tensor], size: int, device: torch.device
-) -> None:
+def check_state(name: str, state: Optional[torch.Tensor], size: int, device: torch.device) -> None:
     """Scales and amaxes: `size` contiguous float32."""
     if state is not None and (
         state.dtype != torch.float32
@@ -222,6 +235,18 @@ def launch(
             bound(*tensors)
     else:
         bound(*tensors)
+
+
+def launch_tile(
+    kernel: triton.JITFunction,
+    num_programs: int,
+    tile: Tile,
+    tensors: tuple[Optional[torch.Tensor], ...],
+    constants: tuple,
+) -> None:
+    """`launch` with the warps and the programs of each multiprocessor that a tile asks for."""
+    programs = tile.programs_per_multiprocessor
+    launch(kernel, num_programs, tile.num_warps, tensors, constants, programs)
 
 
 def sum_partials(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -299,73 +324,6 @@ def locate(first_position, order, pitch, SMALL: tl.constexpr):
 
 
 @triton.jit
-def locate_padded(first, order, pitch, size, SMALL: tl.constexpr, ALIGNED: tl.constexpr):
-    """Item, row and column of positions of all items' rows one below the other, `pitch` columns each.
-
-    ALIGNED: no tile crosses the end of a row, so that item and row are scalars.
-    """
-    if SMALL:
-        position = first + order
-        row = position // pitch
-        col = (position - row * pitch).to(tl.int32)
-        item = row // size
-        row -= item * size
-    else:
-        row = first // pitch
-        col = (first - row * pitch).to(tl.int32) + order
-        item = row // size
-        if not ALIGNED:
-            next_item = (row + 1) // size
-            is_next = col >= pitch
-            row = tl.where(is_next, row + 1 - next_item * size, row - item * size)
-            item = tl.where(is_next, next_item, item)
-            col = tl.where(is_next, col - pitch, col)
-        else:
-            row -= item * size
-    return item, row, col
-
-
-@triton.jit
-def load_tile(
-    ptr, rows, columns, pitch, num_columns, EVEN: tl.constexpr
-):
-    """``[rows, columns]`` of a matrix with contiguous rows; zero beyond its columns."""
-    pointers = ptr + rows.to(tl.int64)[:, None] * pitch + columns[None, :]
-    if EVEN:
-        return tl.load(pointers)
-    return tl.load(pointers, mask=(columns < num_columns)[None, :], other=0.0)
-
-
-@triton.jit
-def store_tile(ptr, values, rows, columns, pitch, num_columns, EVEN: tl.constexpr):
-    """Counterpart of `load_tile`."""
-    pointers = ptr + rows.to(tl.int64)[:, None] * pitch + columns[None, :]
-    values = values.to(ptr.dtype.element_ty)
-    if EVEN:
-        tl.store(pointers, values)
-    else:
-        tl.store(pointers, values, mask=(columns < num_columns)[None, :])
-
-
-@triton.jit
-def scale_channels(values, ptr, first, SIZE: tl.constexpr, AXIS: tl.constexpr):
-    """``values * weight[first:first + SIZE]`` along `AXIS`; nothing without a weight."""
-    if ptr is not None:
-        weight = tl.load(ptr + first + tl.arange(0, SIZE)).to(tl.float32)
-        values *= tl.expand_dims(weight, 1 - AXIS)
-    return values
-
-
-@triton.jit
-def no_sums(SIZE: tl.constexpr, CHUNK: tl.constexpr):
-    """A tuple of zero vectors, one for each chunk."""
-    sums = ()
-    for _ in tl.static_range(SIZE // CHUNK):
-        sums = sums + (tl.zeros((CHUNK,), tl.float32),)
-    return sums
-
-
-@triton.jit
 def load_rows(ptr, offsets, inside, SIZE: tl.constexpr, CHUNK: tl.constexpr, EVEN: tl.constexpr):
     """Rows of `SIZE` contiguous elements: a tuple of ``[rows, CHUNK]``, zero where not inside."""
     chunks = ()
@@ -375,6 +333,29 @@ def load_rows(ptr, offsets, inside, SIZE: tl.constexpr, CHUNK: tl.constexpr, EVE
             chunk = tl.load(pointers)
         else:
             chunk = tl.load(pointers, mask=inside[:, None], other=0.0)
+        chunks = chunks + (chunk,)
+    return chunks
+
+
+@triton.jit
+def load_channels(
+    ptr,
+    offsets,
+    inside,
+    channel_stride,
+    SIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Positions of channel-first matrices: a tuple of ``[CHUNK, positions]``, zero where not inside."""
+    chunks = ()
+    for index in tl.static_range(SIZE // CHUNK):
+        channels = (index * CHUNK + tl.arange(0, CHUNK)).to(tl.int64) * channel_stride
+        pointers = ptr + channels[:, None] + offsets[None, :]
+        if EVEN:
+            chunk = tl.load(pointers)
+        else:
+            chunk = tl.load(pointers, mask=inside[None, :], other=0.0)
         chunks = chunks + (chunk,)
     return chunks
 
@@ -489,3 +470,21 @@ def add_bias(values, ptr, first, SIZE: tl.constexpr, AXIS: tl.constexpr):
         bias = tl.load(ptr + first + tl.arange(0, SIZE)).to(tl.float32)
         values += tl.expand_dims(bias, 1 - AXIS)
     return values
+
+
+@triton.jit
+def scale_channels(values, ptr, first, SIZE: tl.constexpr, AXIS: tl.constexpr):
+    """``values * weight[first:first + SIZE]`` along `AXIS`; nothing without a weight."""
+    if ptr is not None:
+        weight = tl.load(ptr + first + tl.arange(0, SIZE)).to(tl.float32)
+        values *= tl.expand_dims(weight, 1 - AXIS)
+    return values
+
+
+@triton.jit
+def no_sums(SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """A tuple of zero vectors, one for each chunk."""
+    sums = ()
+    for _ in tl.static_range(SIZE // CHUNK):
+        sums = sums + (tl.zeros((CHUNK,), tl.float32),)
+    return sums
