@@ -22,6 +22,7 @@ _FORMATS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 _INPUT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _SCALE_LAYOUTS = ("k_major", "m_major")
 # Floats: a row of scales starts at a multiple of 16 bytes, as bulk copies and cuBLAS want it.
+_PITCH_MULTIPLE = 16  # bytes
 _SCALE_MULTIPLE = 4
 
 # DeepSeek's and DeepGEMM's casts, and with them FlashInfer's, clamp the amax here, so that a block of zeros
@@ -73,7 +74,7 @@ def per_token_cast_to_fp8(
     -------
     CastTensor
         ``(values, scale_inv)``: values ``[*batch, M, K]`` of `fp8_dtype`, whose rows lie a multiple of 16
-        bytes apart on a GPU; scale_inv FP32 ``[*batch, M, ceil(K / 128)]``. With `with_transpose` a pair,
+        bytes apart; scale_inv FP32 ``[*batch, M, ceil(K / 128)]``. With `with_transpose` a pair,
         that of `x` and that of ``x.mT``: values ``[*batch, K, M]``, scale_inv ``[*batch, K, ceil(M / 128)]``.
 
     Raises
@@ -226,8 +227,20 @@ def cast_blocks(
                 copies.append(None)
                 continue
             codes, scale_inv = reference.cast_blocks(source, fp8_dtype, **rule)
-            copies.append((codes, _align(scale_inv, square) if aligned_scales else scale_inv))
+            scale_inv = _align(scale_inv, square) if aligned_scales else scale_inv
+            copies.append((_pitch(codes), scale_inv))
         return tuple(copies)
+
+
+def describe_block_codes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of codes ``[*batch, rows, cols]``, also of symbolic sizes: rows begin at multiples of 16 bytes."""
+    *batch, rows, cols = shape
+    pitch = round_up(cols, _PITCH_MULTIPLE)
+    strides, step = [pitch, 1], rows * pitch
+    for size in reversed(batch):
+        strides.insert(0, step)
+        step = step * size
+    return tuple(strides)
 
 
 def describe_block_scales(
@@ -248,6 +261,15 @@ def describe_block_scales(
         strides.insert(0, step)
         step = step * size
     return (*batch, rows, blocks), tuple(strides)
+
+
+def _pitch(codes: torch.Tensor) -> torch.Tensor:
+    """The same codes in the memory layout that `quantize_blocks` writes."""
+    *others, cols = codes.shape
+    pitch = round_up(cols, _PITCH_MULTIPLE)
+    if pitch == cols:
+        return codes
+    return codes.new_zeros(*others, pitch)[..., :cols].copy_(codes)
 
 
 def _align(scales: torch.Tensor, square: bool) -> torch.Tensor:

@@ -143,6 +143,7 @@ def _matmul(
     described = _describe_saved(a, b, quantization, needs_a, needs_b, emulated, force_reference)
     for layout, data, scale_inv in zip(described, saved[::2], saved[1::2]):
         assert (data.shape, scale_inv.shape) == (layout.data_shape, layout.scale_shape), layout
+        assert layout.data_strides in (None, data.stride()), (layout, data.stride())
         assert layout.scale_strides in (None, scale_inv.stride()), (layout, scale_inv.stride())
     return [forward.out, *saved]
 
@@ -195,14 +196,14 @@ def _fake_matmul(
     batch = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     outputs = [a.new_empty((*batch, a.shape[-2], b.shape[-1]), dtype=out_dtype)]
     for layout in _describe_saved(a, b, quantization, needs_a, needs_b, emulated, force_reference):
-        outputs.append(a.new_empty(layout.data_shape, dtype=torch.uint8))
-        if layout.scale_strides is None:
-            outputs.append(a.new_empty(layout.scale_shape, dtype=layout.scale_dtype))
-        else:
-            strided = a.new_empty_strided(
-                layout.scale_shape, layout.scale_strides, dtype=layout.scale_dtype
-            )
-            outputs.append(strided)
+        for shape, strides, dtype in (
+            (layout.data_shape, layout.data_strides, torch.uint8),
+            (layout.scale_shape, layout.scale_strides, layout.scale_dtype),
+        ):
+            if strides is None:
+                outputs.append(a.new_empty(shape, dtype=dtype))
+            else:
+                outputs.append(a.new_empty_strided(shape, strides, dtype=dtype))
     return outputs
 
 

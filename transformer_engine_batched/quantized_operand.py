@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple, Optional
 
 import torch
 
-from .block_cast import cast_blocks, describe_block_scales
+from .block_cast import cast_blocks, describe_block_codes, describe_block_scales
 from .emulation import Emulation, current_emulation
 from .gemm import decode_codes
 from .operands import round_up
@@ -194,9 +194,9 @@ class CopyLayout(NamedTuple):
     Parameters
     ----------
     data_shape, scale_shape : tuple
-        Of uint8 codes, which are contiguous, and of their scales.
-    scale_strides : tuple
-        Of the scales; contiguous ones may be None.
+        Of uint8 codes and of their scales.
+    data_strides, scale_strides : tuple
+        Contiguous ones may be None.
     scale_dtype : torch.dtype
     hollow : Codes
         Without tensors.
@@ -205,6 +205,7 @@ class CopyLayout(NamedTuple):
     """
 
     data_shape: tuple[int, ...]
+    data_strides: Optional[tuple[int, ...]]
     scale_shape: tuple[int, ...]
     scale_strides: Optional[tuple[int, ...]]
     scale_dtype: torch.dtype
@@ -306,7 +307,13 @@ class StoredCast:
             square=has_square_blocks(quantizer),
         )
         return CopyLayout(
-            buffers.data_shape, buffers.scale_shape, None, buffers.scale_dtype, hollow, is_flipped
+            buffers.data_shape,
+            None,
+            buffers.scale_shape,
+            None,
+            buffers.scale_dtype,
+            hollow,
+            is_flipped,
         )
 
 
@@ -413,7 +420,9 @@ class FusedCast:
         if is_along_last == is_flipped:
             sizes = sizes[::-1]
         hollow = Codes("float8", quantizer_fp8_dtype(quantizer), None)
-        return CopyLayout((*batch, *sizes), (1,), None, torch.float32, hollow, not is_along_last)
+        return CopyLayout(
+            (*batch, *sizes), None, (1,), None, torch.float32, hollow, not is_along_last
+        )
 
 
 class BlockCast:
@@ -462,12 +471,14 @@ class BlockCast:
         if is_along_last == is_flipped:
             rows, cols = cols, rows
         square = has_square_blocks(quantizer)
-        scale_shape, scale_strides = describe_block_scales((*batch, rows, cols), square)
+        shape = (*batch, rows, cols)
+        scale_shape, scale_strides = describe_block_scales(shape, square)
         hollow = Codes(
             "float8_block", quantizer_fp8_dtype(quantizer), None, square=square, item_blocks=True
         )
         return CopyLayout(
-            (*batch, rows, cols),
+            shape,
+            describe_block_codes(shape),
             scale_shape,
             scale_strides,
             torch.float32,
