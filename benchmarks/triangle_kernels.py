@@ -35,6 +35,8 @@ from benchmarks.timing import CudaClock, describe_error, interleave
 from transformer_engine_batched.kernels import (
     triangle_backward,
     triangle_forward,
+    triangle_output,
+    triangle_project,
     triangle_tiles,
     triangle_weight_gradients,
 )
@@ -74,27 +76,28 @@ class Data:
         self.amaxes = torch.zeros(2, device="cuda")
         self.codes = torch.randint(0, 256, (2 * d, n, n), device="cuda", dtype=torch.uint8)
 
-    def project_operands(self, mode: str = "outgoing", fp8_dtype: str | None = "e4m3") -> tuple:
+    def project_operands(
+        self,
+        mode: str = "outgoing",
+        fp8_dtype: str | None = "e4m3",
+        module: ModuleType = triangle_forward,
+    ) -> tuple:
         """Operands a and b."""
         scales = None if fp8_dtype is None else self.scales
-        made = triangle_forward.project_operands(
+        made = module.project_operands(
             self.z, self.norm_in, self.projection, self.mask, mode=mode, fp8_dtype=fp8_dtype,
             scales=scales, amaxes=self.amaxes,
         )  # fmt: skip
         return made[:2]
 
-    def find_amaxes(self) -> tuple:
+    def find_amaxes(self, module: ModuleType = triangle_forward) -> tuple:
         """The amaxes of both."""
-        return (
-            triangle_forward.find_operand_amaxes(
-                self.z, self.norm_in, self.projection, self.mask
-            ),
-        )  # fmt: skip
+        return (module.find_operand_amaxes(self.z, self.norm_in, self.projection, self.mask),)
 
-    def project_output(self) -> tuple:
+    def project_output(self, module: ModuleType = triangle_forward) -> tuple:
         """The block's output."""
         arguments = (self.c, self.z, self.norm_in, self.norm_out, self.output)
-        return (triangle_forward.project_output(*arguments),)
+        return (module.project_output(*arguments),)
 
     def output_backward(self) -> tuple:
         """grad_c alone has a scale of its own: 64."""
@@ -151,6 +154,14 @@ KERNELS = {
     "operands, incoming": Kernel(lambda data: data.project_operands("incoming"), 4, 2),
     "operands, BF16": Kernel(lambda data: data.project_operands(fp8_dtype=None), 4, 3),
     "operands, amax": Kernel(lambda data: data.find_amaxes(), 4, 1),
+    "operands, CUDA": Kernel(lambda data: data.project_operands(module=triangle_project), 4, 2),
+    "operands, incoming, CUDA": Kernel(
+        lambda data: data.project_operands("incoming", module=triangle_project), 4, 2
+    ),
+    "operands, BF16, CUDA": Kernel(
+        lambda data: data.project_operands(fp8_dtype=None, module=triangle_project), 4, 3
+    ),
+    "operands, amax, CUDA": Kernel(lambda data: data.find_amaxes(triangle_project), 4, 1),
     "output": Kernel(
         lambda data: data.project_output(), 2, 3, triangle_forward, "choose_output_tile",
         (
@@ -158,6 +169,7 @@ KERNELS = {
             Tile(64, 64, 8, 2, 1, True), Tile(128, 64, 8, 1, 1, True),
         ),
     ),
+    "output, CUDA": Kernel(lambda data: data.project_output(triangle_output), 2, 3),
     "turn": Kernel(lambda data: data.turn(), 0, 2),
     "output_backward": Kernel(
         lambda data: data.output_backward(), 4, 4.5, triangle_backward, "choose_output_tile",
@@ -233,7 +245,7 @@ def find_expected(data: Data) -> dict[str, tuple]:
     grad_outputs = [x.double() for x in (data.grad_a, data.grad_b, data.grad_x)]
     inputs = torch.autograd.grad(outputs, (z, *norm_in, wp, wg), grad_outputs)
     a, b, out = a.detach(), b.detach(), out.detach()
-    return {
+    expected = {
         "operands": (a, b),
         "operands, incoming": (a.mT, b.mT),
         "operands, BF16": (a, b),
@@ -245,6 +257,8 @@ def find_expected(data: Data) -> dict[str, tuple]:
         "project_backward": inputs[:3],
         "projection weights": inputs[3:],
     }
+    # The same in CUDA C++: triangle_project.cu, triangle_output.cu.
+    return expected | {f"{name}, CUDA": x for name, x in expected.items()}
 
 
 def decode(data: Data, name: str, index: int, result: torch.Tensor) -> torch.Tensor:
@@ -332,7 +346,7 @@ def print_rows(rows: list[dict[str, Any]]) -> None:
                 f"{row['ms']:8.3f} ms {row['gbps']:6.0f} GB/s {row['tflops']:5.0f} TFLOP/s "
                 f"{row['roof']:5.0%} of the roof"
             )
-        print(f"{row['n']:5} {row['kernel']:20} {row['tile'] or '':26} {numbers}")
+        print(f"{row['n']:5} {row['kernel']:24} {row['tile'] or '':26} {numbers}")
 
 
 def main(arguments: list[str]) -> int:

@@ -19,6 +19,13 @@
 #include <thread>
 #include <vector>
 
+#ifndef A_FORMAT
+#define A_FORMAT "e4m3"
+#endif
+#ifndef B_FORMAT
+#define B_FORMAT "e4m3"
+#endif
+
 #define __device__
 #define __forceinline__ inline
 #define __global__
@@ -65,10 +72,12 @@ struct Warp {
 struct Cta {
   std::unique_ptr<Warp[]> warps;
   std::unique_ptr<std::barrier<>> meeting;
+  std::vector<std::unique_ptr<std::barrier<>>> groups;
 };
 inline Cta cta;
 
 inline void __syncthreads() { cta.meeting->arrive_and_wait(); }
+inline void sync_group(u32 group) { cta.groups[group]->arrive_and_wait(); }
 inline Warp& own_warp() { return cta.warps[threadIdx.x / 32]; }
 inline void __syncwarp() { own_warp().meeting.arrive_and_wait(); }
 
@@ -357,13 +366,16 @@ inline float read_bf16(u64 descriptor, int row, int k) {
   return value;
 }
 
-inline void multiply_bf16_now(float (&d)[64], u64 a, u64 b, int is_added) {
+// Turned: row k has 64 elements of column k of A.
+template <int kSize>
+void multiply_bf16_now(float (&d)[kSize], u64 a, u64 b, int is_added, bool is_turned) {
   const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 % 4 * 16 + lane / 4;
   float rows[2][16];
   for (int i = 0; i < 2; ++i) {
-    for (int k = 0; k < 16; ++k) rows[i][k] = read_bf16(a, first_row + i * 8, k);
+    const int row = first_row + i * 8;
+    for (int k = 0; k < 16; ++k) rows[i][k] = is_turned ? read_bf16(a, k, row) : read_bf16(a, row, k);
   }
-  for (int j = 0; j < 32; ++j) {
+  for (int j = 0; j < kSize / 2; ++j) {
     const int col = j / 2 * 8 + lane % 4 * 2 + j % 2;
     float sums[2] = {0, 0};
     for (int k = 0; k < 16; ++k) {
@@ -379,7 +391,12 @@ inline void multiply_bf16_now(float (&d)[64], u64 a, u64 b, int is_added) {
 }
 
 inline void multiply_bf16(float (&d)[64], u64 a, u64 b, int is_added) {
-  pending_products.push_back([&d, a, b, is_added] { multiply_bf16_now(d, a, b, is_added); });
+  pending_products.push_back([&d, a, b, is_added] { multiply_bf16_now(d, a, b, is_added, false); });
+}
+
+template <int kIsTurned>
+void multiply_bf16(float (&d)[32], u64 a, u64 b, int is_added) {
+  pending_products.push_back([&d, a, b, is_added] { multiply_bf16_now(d, a, b, is_added, kIsTurned); });
 }
 
 inline void commit_products() {
@@ -418,6 +435,8 @@ void run_emulated(void (*kernel)(Params), const Params& params, int num_ctas, in
     barriers.clear();
     cta.warps = std::make_unique<Warp[]>(num_threads / 32);
     cta.meeting = std::make_unique<std::barrier<>>(num_threads);
+    cta.groups.clear();
+    for (int i = 0; i < num_threads / 128; ++i) cta.groups.push_back(std::make_unique<std::barrier<>>(128));
     std::vector<std::thread> threads;
     for (int i = 0; i < num_threads; ++i) {
       threads.emplace_back([&, i] {

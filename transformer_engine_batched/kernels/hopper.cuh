@@ -73,6 +73,9 @@ __device__ __forceinline__ void arrive_after_copies(u32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
+// All threads of a warpgroup; groups count from 0.
+__device__ __forceinline__ void sync_group(u32 group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
+
 // --- Copies
 
 // A box of a tensor map whose first element is (k, row, item); zeros where it lies outside.
@@ -230,6 +233,16 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[64], u64 a, u64 b, int 
       ", " T32_63 "}, %64, %65, p, 1, 1, 0, 0;\n}\n"
       : R32(d, 0), R32(d, 32)
       : "l"(a), "l"(b), "r"(is_added));
+}
+
+// The same with 64 rows of B. kIsTurned: A lies turned, 16 rows of 64.
+template <int kIsTurned>
+__device__ __forceinline__ void multiply_bf16(float (&d)[32], u64 a, u64 b, int is_added) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" T0_31
+      "}, %32, %33, p, 1, 1, %35, 0;\n}\n"
+      : R32(d, 0)
+      : "l"(a), "l"(b), "r"(is_added), "n"(kIsTurned));
 }
 
 // Tells the compiler that the registers change here, which it does not see.

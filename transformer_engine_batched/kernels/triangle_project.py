@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Operands of the triangle multiplicative update's contraction, on Hopper, in CUDA C++ (triangle_project.cu).
+
+    x = LN(z);  [a | b] = mask * sigmoid(x Wg^T + bg) * (x Wp^T + bp)
+
+The same function as `triangle_forward.project_operands`, for BF16 and for sizes whose weights stay in shared memory.
+Must not import Transformer Engine or a sibling package of `kernels`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from functools import lru_cache
+from typing import Optional
+
+import torch
+
+from . import triangle_tiles as tiles
+from .nvrtc import Kernel, encode_tensor_map
+from .triangle_forward import Operands
+from .triangle_tiles import GatedProjection, Norm
+from .turn_codes import turn_codes
+
+_POSITIONS = 128
+_NUM_THREADS = 384
+# Of the 227 KiB of an SM that a CTA may have.
+_MAX_SHARED_BYTES = 232448
+_MIN_STAGES, _MAX_STAGES = 3, 6
+_MODES = ("outgoing", "incoming")
+_OUT_TYPES = {None: "BF16", "e4m3": "E4M3", "e5m2": "E5M2"}
+# As the kernel's `read` counts them.
+_PARAMETER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_MASK_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.bool: 2}
+
+
+def can_project(
+    z: torch.Tensor, norm: Norm, projection: GatedProjection, mask: Optional[torch.Tensor]
+) -> Optional[str]:
+    """None if `project_operands` takes the tensors, or the reason why not.
+
+    Shapes that do not fit each other are errors of `project_operands`, not reasons.
+    """
+    weight = projection.weight_p
+    for name, x in (("z", z), ("the weights", weight)):
+        if x.dtype != torch.bfloat16:
+            return f"{name} must be BF16 and came as {x.dtype}"
+    dim, hidden = z.shape[-1], weight.shape[0] // 2
+    if dim not in (64, 128) or hidden % 64 or not hidden:
+        return f"D must be 64 or 128 and H a multiple of 64; they came as {dim} and {hidden}"
+    if num_stages(dim, hidden) < _MIN_STAGES:
+        return (
+            f"the weights of D = {dim}, H = {hidden} do not fit into shared memory beside "
+            f"{_MIN_STAGES} tiles of z"
+        )
+    if z.data_ptr() % 16:
+        return f"z must begin at a multiple of 16 bytes and is at {z.data_ptr() % 16} modulo 16"
+    for name, x in (
+        ("norm.weight", norm.weight),
+        ("norm.bias", norm.bias),
+        ("projection.bias_p", projection.bias_p),
+        ("projection.bias_g", projection.bias_g),
+    ):
+        if x is not None and x.dtype not in _PARAMETER_TYPES:
+            return f"{name} must be FP32 or BF16 and came as {x.dtype}"
+    if mask is not None and mask.dtype not in _MASK_TYPES:
+        return f"the mask must be FP32, BF16, bool or uint8 and came as {mask.dtype}"
+    return None
+
+
+def project_operands(
+    z: torch.Tensor,
+    norm: Norm,
+    projection: GatedProjection,
+    mask: Optional[torch.Tensor],
+    *,
+    mode: str,
+    fp8_dtype: Optional[str] = None,
+    scales: Optional[torch.Tensor] = None,
+    amaxes: Optional[torch.Tensor] = None,
+    force_pow_2_scales: bool = False,
+    amax_epsilon: float = 0.0,
+    kept: bool = True,
+    turned: bool = False,
+) -> Operands:
+    """``[a | b] = mask * sigmoid(x Wg^T + bg) * (x Wp^T + bp)`` with ``x = LN(z)``, in the contraction's layout.
+
+    One kernel, which reads z once; `turned` takes a second one, which transposes bytes.
+
+    Parameters
+    ----------
+    z : torch.Tensor
+        BF16 ``[B, N, N, D]``, contiguous, D 64 or 128, at a multiple of 16 bytes.
+    norm : Norm
+        LN, over D; FP32 or BF16.
+    projection : GatedProjection
+        BF16 weights ``[2 H, D]``, H a multiple of 64 and at most 16384 / D; biases FP32 or BF16.
+    mask : torch.Tensor, optional
+        ``[B, N, N]``, FP32, BF16 or bool: factor of a and b at each position of z.
+    mode, fp8_dtype, scales, amaxes, force_pow_2_scales, amax_epsilon, kept, turned
+        As in `triangle_forward.project_operands`.
+
+    Returns
+    -------
+    Operands
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtypes, shapes, strides or options do not fit; `can_project` gives the reason beforehand.
+
+    Examples
+    --------
+    >>> z = torch.randn(1, 20, 20, 64, device="cuda", dtype=torch.bfloat16)
+    >>> weight = torch.randn(128, 64, device="cuda", dtype=torch.bfloat16)
+    >>> projection = GatedProjection(weight, None, weight, None)
+    >>> a, b, *_ = project_operands(z, Norm(None, None), projection, None, mode="outgoing")
+    >>> a.shape
+    torch.Size([1, 64, 32, 32])
+    """
+    _check(z, norm, projection, mask)
+    if mode not in _MODES:
+        raise ValueError(f'`mode` must be "outgoing" or "incoming" and came as {mode!r}')
+    if fp8_dtype not in _OUT_TYPES:
+        raise ValueError(f'`fp8_dtype` must be None, "e4m3" or "e5m2" and came as {fp8_dtype!r}')
+    if not (kept or turned) or turned and fp8_dtype is None:
+        raise ValueError(
+            f"ask for kept or turned operands, turned ones with FP8 only; came kept={kept}, "
+            f"turned={turned}, fp8_dtype={fp8_dtype!r}"
+        )
+    if fp8_dtype is not None and scales is None and amaxes is None:
+        raise ValueError("FP8 operands need `scales`, or `amaxes` to compute them from")
+    if fp8_dtype is None and scales is not None:
+        raise ValueError("`scales` came without fp8_dtype; operands that are not FP8 have none")
+    for name, state in (("scales", scales), ("amaxes", amaxes)):
+        tiles.check_state(name, state, 2, z.device)
+    batch, size, _, _ = z.shape
+    hidden = projection.weight_p.shape[0] // 2
+    padded = tiles.pad(size)
+    dtype = torch.bfloat16 if fp8_dtype is None else torch.uint8
+    both = torch.empty((2, batch, hidden, padded, padded), dtype=dtype, device=z.device)
+    scale_invs = None
+    if fp8_dtype is not None:
+        scale_invs = torch.empty(2, dtype=torch.float32, device=z.device)
+    if both.numel():
+        # The amax is found unless it is what the scale is computed from.
+        raises = amaxes is not None and (scales is not None or fp8_dtype is None)
+        outputs = (both, scales, amaxes, scale_invs)
+        options = (_OUT_TYPES[fp8_dtype], raises, force_pow_2_scales, amax_epsilon)
+        _launch(z, norm, projection, mask, mode, outputs, options)
+    elif scale_invs is not None:
+        scale_invs.fill_(1.0) if scales is None else torch.reciprocal(scales, out=scale_invs)
+    turned_both = turn_codes(both) if turned else (None, None)
+    a, b = both if kept else (None, None)
+    return Operands(a, b, turned_both[0], turned_both[1], scale_invs)
+
+
+def find_operand_amaxes(
+    z: torch.Tensor, norm: Norm, projection: GatedProjection, mask: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """float32 ``[2]``: largest magnitudes of a and b, for current scaling; see `project_operands`."""
+    _check(z, norm, projection, mask)
+    amaxes = torch.zeros(2, dtype=torch.float32, device=z.device)
+    if z.numel():
+        outputs = (None, None, amaxes, None)
+        _launch(z, norm, projection, mask, "outgoing", outputs, ("NONE", True, False, 0.0))
+    return amaxes
+
+
+def num_stages(dim: int, hidden: int) -> int:
+    """Tiles of z in shared memory beside the weights; too few if below 3."""
+    free = _MAX_SHARED_BYTES - _fixed_bytes(dim, hidden)
+    return min(_MAX_STAGES, free // _stage_bytes(dim))
+
+
+def shared_bytes(dim: int, hidden: int) -> int:
+    """Dynamic shared memory of a CTA."""
+    return _fixed_bytes(dim, hidden) + num_stages(dim, hidden) * _stage_bytes(dim)
+
+
+def _fixed_bytes(dim: int, hidden: int) -> int:
+    """Weights, the norm's parameters, the weights' barrier."""
+    return 2 * (2 * hidden * dim * 2) + 2 * dim * 4 + 8
+
+
+def _stage_bytes(dim: int) -> int:
+    """Positions, their masks, three barriers."""
+    return _POSITIONS * (dim * 2 + 4) + 3 * 8
+
+
+def _check(
+    z: torch.Tensor, norm: Norm, projection: GatedProjection, mask: Optional[torch.Tensor]
+) -> None:
+    tiles.check_z(z)
+    dim, rows = z.shape[3], projection.weight_p.shape[0]
+    tiles.check_norm("norm", norm, dim, z.device)
+    tiles.check_projection("projection", projection, (rows, dim), (rows, dim), z.device)
+    reason = can_project(z, norm, projection, mask)
+    if reason is not None:
+        raise ValueError(f"{reason}; use triangle_forward")
+
+
+def _launch(
+    z: torch.Tensor,
+    norm: Norm,
+    projection: GatedProjection,
+    mask: Optional[torch.Tensor],
+    mode: str,
+    outputs: tuple[Optional[torch.Tensor], ...],
+    options: tuple[str, bool, bool, float],
+) -> None:
+    out_type, raises, force_pow_2_scales, amax_epsilon = options
+    if mask is not None:
+        mask = tiles.check_mask(mask, z)
+    batch, size, _, dim = z.shape
+    rows = projection.weight_p.shape[0]
+    padded = tiles.pad(size)
+    num_tiles = batch * padded * padded // _POSITIONS
+    if padded * padded >= 1 << 31:
+        raise ValueError(f"N = {size} is too large: positions of one item are counted in 32 bits")
+    definitions = (
+        ("DIM", dim),
+        ("HIDDEN", rows // 2),
+        ("OUT_TYPE", out_type),
+        ("HAS_MASK", int(mask is not None)),
+        ("HAS_BIAS", int(projection.bias_p is not None or projection.bias_g is not None)),
+        ("IS_EVEN", int(size == padded)),
+        ("RAISES", int(raises)),
+        ("NUM_STAGES", num_stages(dim, rows // 2)),
+    )
+    steps = (dim, size * dim) if mode == "outgoing" else (size * dim, dim)
+    # A box lies in one row of padded positions.
+    box_positions = math.gcd(padded, _POSITIONS)
+    z_map = encode_tensor_map(
+        z.data_ptr(),
+        (2 * dim, size, size, batch),
+        (2 * steps[0], 2 * steps[1], 2 * size * size * dim),
+        (128, box_positions, 1, 1),
+    )
+    weight_maps = [
+        encode_tensor_map(x.data_ptr(), (2 * dim, rows, 1), (2 * dim, 2 * dim * rows), (128, 8, 1))
+        for x in projection[::2]
+    ]
+    parameters = (*norm[:2], *projection[1::2])
+    mask_steps = (size, 1) if mode == "outgoing" else (1, size)
+    values = struct.pack(
+        "<9Q3q2f12i",
+        *(0 if x is None else x.data_ptr() for x in (mask, *parameters, *outputs)),
+        *mask_steps,
+        size * size,
+        norm.eps,
+        amax_epsilon,
+        0 if mask is None else _MASK_TYPES[mask.dtype],
+        *(0 if x is None else _PARAMETER_TYPES[x.dtype] for x in parameters),
+        force_pow_2_scales,
+        size,
+        padded,
+        batch,
+        num_tiles,
+        box_positions,
+        mode == "incoming" and padded % _POSITIONS == 0,
+    )
+    # Size of the struct: a multiple of its alignment, 64.
+    values += bytes(-len(values) % 64)
+    device_index = z.get_device()
+    num_ctas = min(num_tiles, tiles.num_multiprocessors(device_index))
+    kernel = _get_kernel(definitions, shared_bytes(dim, rows // 2))
+    kernel.launch(num_ctas, b"".join((z_map, *weight_maps, values)), device_index)
+
+
+@lru_cache(maxsize=None)
+def _get_kernel(definitions: tuple, num_bytes: int) -> Kernel:
+    return Kernel(
+        "triangle_project.cu", "project_operands", dict(definitions), _NUM_THREADS, num_bytes
+    )
