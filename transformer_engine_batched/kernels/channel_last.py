@@ -492,7 +492,7 @@ def _cast_kernel(
     read.
 
     Both layouts in one program would be one read instead of two, but its tile would have runs of 32 bytes in
-    both directions: 2600 GB/s on an H200, where two programs that share the L2 cache reach 3450.
+    both directions, which is slower than two programs that share the L2 cache (docs/performance.md).
     """
     NUM_ROWWISE: tl.constexpr = 0 if codes_ptr is None else GROUP_ROWS * GROUP_COLS // COL_RUN
     NUM_TURNED: tl.constexpr = 0 if transposed_ptr is None else GROUP_ROWS * GROUP_COLS // ROW_RUN

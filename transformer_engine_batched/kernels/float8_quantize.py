@@ -282,7 +282,8 @@ class Cast:
         # One kernel for both layouts of FP32 gives a wrong transpose with Triton 3.6 on an H200: a quarter of
         # the codes at wrong places, the same ones at each run of the tile in use. The row-wise codes are right,
         # racecheck finds no hazard, and BF16 and FP16, of which 16-bit values are turned, come out right; the
-        # cause in the compiler was not traced. tests/gpu/test_kernel_float8_quantize.py compares every byte.
+        # cause is probably the one that channel_last.py (_cast_line) avoids. tests/gpu/test_kernel_float8_quantize.py
+        # compares every byte.
         plans = [both]
         if rowwise and transposed and dtype == torch.float32:
             plans = [
