@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Mapping, Sequence
 
@@ -61,6 +62,7 @@ def run_suite(
     measure: Callable[[Any, Mapping[str, str]], list[dict[str, Any]]],
     name_calls: Callable[[Any], Sequence[str]],
     is_resumed: bool,
+    forget: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Measure every item (a point or a case) and write `path` after each.
 
@@ -72,6 +74,8 @@ def run_suite(
         Names of all calls that `measure` makes for an item.
     is_resumed : bool
         Keep the rows that `path` has and go on with the rest.
+    forget : callable
+        Called before each item: what an earlier one has tuned must not show in this one's untuned variants.
 
     Raises
     ------
@@ -87,6 +91,7 @@ def run_suite(
             continue
         start = time.perf_counter()
         print(f"{item.name} ...", end=" ", flush=True)
+        forget()
         try:
             rows += measure(item, meta["lost"].get(item.name, {}))
         except DeviceLostError as error:
@@ -203,15 +208,17 @@ def _measure_on_gpu(options: argparse.Namespace, arguments: Sequence[str]) -> in
         return 2
     import transformer_engine.pytorch  # noqa: F401  registers the types of quantized tensors
 
+    import transformer_engine_batched as teb
     from benchmarks import gemm_suite, host_suite, module_suite, peers, points, timing
 
     meta = stored_results.collect_meta(arguments, options.commit)
     folder = options.out or choose_folder(meta["gpu"] or "gpu", options.quick)
     clock = timing.CudaClock()
+    measure_suite = partial(run_suite, forget=teb.clear_choices)
     gemm = host = module = None
     if options.suite in ("host", "all"):
         operands, out = host_suite.make_inputs()
-        host = run_suite(
+        host = measure_suite(
             folder / "host.json",
             meta,
             host_suite.CASES,
@@ -223,7 +230,7 @@ def _measure_on_gpu(options: argparse.Namespace, arguments: Sequence[str]) -> in
         quick = gemm_suite.Settings(rounds=8, loop_rounds=2)
         settings = quick if options.quick else gemm_suite.Settings()
         l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-        gemm = run_suite(
+        gemm = measure_suite(
             folder / "gemm.json",
             meta,
             points.QUICK if options.quick else (*points.SQUARE, *points.OTHER),
@@ -242,7 +249,7 @@ def _measure_on_gpu(options: argparse.Namespace, arguments: Sequence[str]) -> in
                 return [module_suite.measure_host(item, clock.settle, lost)]
             return module_suite.measure_point(item, step_clock, settings, lost)
 
-        module = run_suite(
+        module = measure_suite(
             folder / "module.json",
             meta,
             (*module_suite.HOST_CASES, *module_suite.POINTS),
@@ -258,7 +265,7 @@ def _measure_on_gpu(options: argparse.Namespace, arguments: Sequence[str]) -> in
     for name in POINT_SUITES:
         if options.suite in (name, "all"):
             suite = _load_suite(name)
-            further[name] = run_suite(
+            further[name] = measure_suite(
                 folder / f"{name}.json",
                 meta,
                 suite.QUICK if options.quick else suite.POINTS,

@@ -125,6 +125,7 @@ PYBIND11_MODULE(_C, m) {
                     uintptr_t>());
   py::class_<Algorithm>(m, "Algorithm")
       .def_readonly("workspace_bytes", &Algorithm::workspace_bytes)
+      .def_readonly("rank", &Algorithm::rank)
       .def("to_bytes", &algorithm_bytes)
       .def("__repr__", [](const Algorithm& x) { return "Algorithm(" + describe(x) + ")"; });
 

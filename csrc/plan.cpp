@@ -80,6 +80,42 @@ bool has_split_k_fault(const Algorithm& algorithm, int64_t k) {
   return get<CUBLASLT_ALGO_CONFIG_ID>(algorithm.algo) == 66 && splits > 1 && k % splits != 0;
 }
 
+// The heuristic ranks the algorithms of FP8 products with fast accumulation by large tiles, which are
+// slower on an H200 than these by 5 to 20 % (docs/performance.md, "The algorithm that is taken"); its
+// first choice with split accumulation is right. The best first; most are offered for most sizes.
+struct TileAndCluster {
+  int32_t tile, cluster;
+};
+constexpr TileAndCluster kFastestOfHopper[] = {
+    {CUBLASLT_MATMUL_TILE_176x128, CUBLASLT_CLUSTER_SHAPE_1x2x1},
+    {CUBLASLT_MATMUL_TILE_128x160, CUBLASLT_CLUSTER_SHAPE_2x1x1},
+    {CUBLASLT_MATMUL_TILE_128x128, CUBLASLT_CLUSTER_SHAPE_2x1x1},
+};
+// Two tiles of 128 x 160 for each of 132 multiprocessors: with less to do, the number of tiles decides.
+constexpr int64_t kMinOutputElements = int64_t{2} * 132 * 128 * 160;
+
+// Moves the first of them that is offered to the front.
+void prefer_fastest(const Problem& problem, std::vector<Algorithm>& algorithms) {
+  const bool is_16_bit = problem.d.dtype == DataType::kBFloat16 || problem.d.dtype == DataType::kFloat16;
+  if (!is_fp8(problem.a.dtype) || !problem.fast_accumulation || !is_16_bit || problem.accumulate ||
+      problem.batch * problem.m * problem.n < kMinOutputElements) {
+    return;
+  }
+  for (const TileAndCluster& wanted : kFastestOfHopper) {
+    const auto found = std::find_if(algorithms.begin(), algorithms.end(), [&](const Algorithm& x) {
+      // Algorithm 66 is Hopper's.
+      return get<CUBLASLT_ALGO_CONFIG_ID>(x.algo) == 66 &&
+             get<CUBLASLT_ALGO_CONFIG_SPLITK_NUM>(x.algo) == 1 &&
+             get<CUBLASLT_ALGO_CONFIG_TILE_ID>(x.algo) == static_cast<uint32_t>(wanted.tile) &&
+             get<CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID>(x.algo) == wanted.cluster;
+    });
+    if (found != algorithms.end()) {
+      std::rotate(algorithms.begin(), found, found + 1);
+      return;
+    }
+  }
+}
+
 struct ChoiceKey {
   Problem problem;
   Alignment alignment;
@@ -247,7 +283,7 @@ std::vector<Algorithm> Plan::query_algorithms(cublasLtHandle_t handle, const Poi
   }
   std::vector<Algorithm> algorithms;
   for (int i = 0; i < count; ++i) {
-    const Algorithm algorithm{results[i].algo, results[i].workspaceSize};
+    const Algorithm algorithm{results[i].algo, results[i].workspaceSize, i};
     if (results[i].state == CUBLAS_STATUS_SUCCESS && !has_split_k_fault(algorithm, problem_.k)) {
       algorithms.push_back(algorithm);
     }
@@ -256,6 +292,7 @@ std::vector<Algorithm> Plan::query_algorithms(cublasLtHandle_t handle, const Poi
     throw NotSupported("cuBLASLt " + std::to_string(cublasLtGetVersion()) + " has no algorithm for " +
                        problem_.to_string());
   }
+  prefer_fastest(problem_, algorithms);
   return algorithms;
 }
 
@@ -288,7 +325,7 @@ Algorithm Plan::check_algorithm(cublasLtHandle_t handle, const cublasLtMatmulAlg
     throw NotSupported("cuBLASLt " + std::to_string(cublasLtGetVersion()) +
                        " refuses the stored autotuned algorithm for " + problem_.to_string());
   }
-  return {algo, result.workspaceSize};
+  return {algo, result.workspaceSize, 0};
 }
 
 void Plan::launch(cublasLtHandle_t handle, const Pointers& pointers, float alpha, float beta,

@@ -36,6 +36,7 @@ Alignment alignment_of(const Pointers& pointers);
 struct Algorithm {
   cublasLtMatmulAlgo_t algo;
   size_t workspace_bytes;
+  int rank = 0;  // in the heuristic's order
 };
 
 // How many algorithms the heuristic is asked for; on an H200 it has 8 for a large FP8 batch.

@@ -40,6 +40,7 @@ def make_choice(byte=7):
         "rank_offered": 3,
         "microseconds": 10.5,
         "microseconds_of_first": 12.25,
+        "microseconds_of_heuristic": 12.75,
     }
 
 

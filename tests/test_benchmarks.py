@@ -563,3 +563,12 @@ def test_bad_markers_are_refused(project):
         render_docs.render_text("<!-- generated: nonsense -->\n<!-- end -->", {}, "README.md")
     with pytest.raises(ValueError, match="README.md: a `<!-- generated: NAME -->` has no"):
         render_docs.render_text("<!-- generated: host -->\n", {"host": None}, "README.md")
+
+
+def test_each_point_begins_without_what_was_tuned_before(tmp_path):
+    events = []
+    run.run_suite(
+        tmp_path / "gemm.json", META, QUICK, lambda point, lost: events.append(point.name) or [],
+        lambda point: [], False, forget=lambda: events.append("forget"),
+    )  # fmt: skip
+    assert events == [word for point in QUICK for word in ("forget", point.name)]

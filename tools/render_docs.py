@@ -52,6 +52,7 @@ SUITES = {
     "training": "python benchmarks/training.py",
     "attention_error": "python benchmarks/attention_error.py",
     "quantize_kernels": "python benchmarks/quantize_kernels.py",
+    "algorithms": "python benchmarks/algorithms.py",
 }
 
 
@@ -454,6 +455,24 @@ def _quantize_kernels(results: Results) -> str:
     return f"{_table(titles, body)}\n\n{format_caption(results['meta'])}"
 
 
+def _algorithms(results: Results) -> str:
+    """Time of the algorithm that is taken and of the heuristic's first, over the fastest's."""
+    rows = {}
+    for row in results["rows"]:
+        name = f"{row['m']} x {row['n']} x {row['k']} | {row['batch']}"
+        rows.setdefault(name, {})[row["accumulation"]] = row
+    body = []
+    for name, found in rows.items():
+        cells = []
+        for row in (found["fast"], found["split"]):
+            ratios = (row[field] / row["fastest_us"] for field in ("taken_us", "heuristic_us"))
+            cells += [f"{row['fastest_us']:.1f}", *(f"{ratio:.2f}" for ratio in ratios)]
+        body.append([name, *cells])
+    columns = ("{}: fastest, us", "{}: ours / fastest", "{}: heuristic's / fastest")
+    titles = [column.format(name) for name in ("fast", "split") for column in columns]
+    return f"{_table(['M x N x K', 'B', *titles], body)}\n\n{format_caption(results['meta'])}"
+
+
 def _support(results: dict[str, Results | None]) -> str:
     from transformer_engine_batched import support
 
@@ -538,6 +557,7 @@ BLOCKS: dict[str, Callable[[dict[str, Results | None]], str]] = {
     "training": _from("training", _training),
     "training-plot": _from("training", lambda x: _pictures(x, TRAINING_PLOTS, "img")),
     "quantize-kernels": _from("quantize_kernels", _quantize_kernels),
+    "algorithms": _from("algorithms", _algorithms),
     "attention-error": _from("attention_error", _attention),
 }
 

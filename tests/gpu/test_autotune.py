@@ -47,6 +47,19 @@ def test_choices_are_kept_saved_and_loaded(tmp_path):
     assert torch.equal(again, out)
 
 
+@pytest.mark.skipif(torch.cuda.get_device_capability() != (9, 0), reason="Hopper's algorithms")
+def test_fast_accumulation_takes_the_tiles_that_were_measured():
+    """Not the heuristic's first choice: benchmarks/algorithms.py."""
+    a, b = (torch.randn(8, 2048, 1024, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    a, b = make_quantizer("current")(a), make_quantizer("current")(b)
+    with teb.autotune():
+        teb.batched_general_gemm(a, b, out_dtype=torch.bfloat16)
+        teb.batched_general_gemm(a, b, out_dtype=torch.bfloat16, use_split_accumulator=True)
+    fast, split = teb.list_choices()
+    assert fast["microseconds_of_first"] < 0.97 * fast["microseconds_of_heuristic"]
+    assert split["microseconds_of_first"] == split["microseconds_of_heuristic"]
+
+
 def test_single_call_argument():
     a, b, _ = operands(528)
     teb.batched_general_gemm(a, b, out_dtype=torch.bfloat16)
