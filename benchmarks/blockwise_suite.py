@@ -7,11 +7,17 @@ against FP64 of the dequantised operands, with an output that held NaN before, a
 
 Operands and output of each point together exceed the L2 cache several times over.
 
+DeepGEMM takes part where it can be imported. Of its builds, these load with torch 2.11; it compiles its kernels with nvcc
+at their first use:
+
+    pip install --no-deps sgl-deep-gemm==0.1.0 apache-tvm-ffi==0.1.9
+
     python -m benchmarks.blockwise_suite    # times of every tile shape at the points, to choose tiles by
 """
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import asdict, dataclass
 from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
@@ -29,8 +35,10 @@ OURS = "ours"
 LABELS = {
     OURS: "ours",
     "triton": "ours, Triton form",
+    "deep_gemm": "DeepGEMM",
     "cublaslt_loop": "loop of `torch._scaled_mm` (cuBLASLt)",
 }
+_OUR_FORMS = (OURS, "triton")
 MASK_LABELS = {
     "none": "no mask",
     "all": "masked, all rows",
@@ -84,10 +92,18 @@ POINTS = (
         for batch, m, n, k in ((32, 2048, 2048, 2048), (8, 4096, 4096, 4096))
         for mask in ("all", "half")
     ),
-    # Is time proportional to the rows that count?
+    # Is time proportional to the rows that count? (Not at the first, where all rows are less than one tile for each SM.)
     *(
         BlockwisePoint(batch, m, 2048, 2048, mask=mask)
-        for batch, m in ((8, 4096), (32, 1024), (256, 128), (256, 1024))
+        for batch, m in (
+            (8, 128),
+            (8, 4096),
+            (32, 1024),
+            (32, 4096),
+            (256, 128),
+            (256, 1024),
+            (256, 4096),
+        )
         for mask in ("all", "every_other")
     ),
 )
@@ -109,8 +125,9 @@ def _make_codes(num_items: int, rows: int, size_k: int, generator: torch.Generat
         (num_items, rows, size_k), dtype=torch.float8_e4m3fn, device=generator.device
     )
     for item in codes:
-        # The largest of some millions of normal numbers is near 5; E4M3 ends at 448.
-        item.copy_(torch.randn((rows, size_k), generator=generator, device=generator.device) * 80)
+        # Of a hundred million normal numbers some exceed 5.6, and what lies beyond 448 would become NaN.
+        numbers = torch.randn((rows, size_k), generator=generator, device=generator.device)
+        item.copy_(numbers.mul_(80).clamp_(-448, 448))
     return codes
 
 
@@ -171,6 +188,24 @@ def _prepare_triton(operands: Operands, out: torch.Tensor) -> Call:
     return lambda _: multiply_blockwise(*operands[:4], out, masked_m=operands.masked_m)
 
 
+def _prepare_deep_gemm(operands: Operands, out: torch.Tensor) -> Call:
+    import deep_gemm
+
+    a, b, a_scales, b_scales, masked_m = operands
+    num_items, num_rows, _ = a.shape
+    # Its layout is that of an item with M contiguous; ours runs over the rows of all items.
+    values = a_scales.values.view(-1, num_items, num_rows).transpose(0, 1).contiguous()
+    if masked_m is not None:
+        expected_m = int(masked_m.float().mean())
+        left = a, values.mT
+        return lambda _: deep_gemm.m_grouped_fp8_fp4_gemm_nt_masked(
+            left, (b, b_scales.values), out, masked_m, expected_m
+        )
+    left = a.transpose(0, 1), values.permute(2, 0, 1)
+    target = out.transpose(0, 1)
+    return lambda _: deep_gemm.fp8_einsum("bhr,hdr->bhd", left, (b, b_scales.values), target)
+
+
 def _prepare_cublaslt_loop(operands: Operands, out: torch.Tensor) -> Call:
     a, b, a_scales, b_scales, _ = operands
     items = [
@@ -200,13 +235,20 @@ def _prepare_cublaslt_loop(operands: Operands, out: torch.Tensor) -> Call:
 _PREPARE: dict[str, Callable[[Operands, torch.Tensor], Call]] = {
     OURS: _prepare_ours,
     "triton": _prepare_triton,
+    "deep_gemm": _prepare_deep_gemm,
     "cublaslt_loop": _prepare_cublaslt_loop,
 }
 
 
 def name_calls(point: BlockwisePoint) -> Sequence[str]:
-    """Variants that run at a point: no loop takes a mask."""
-    return [name for name in LABELS if name != "cublaslt_loop" or point.mask == "none"]
+    """Variants that run at a point: no loop takes a mask; DeepGEMM at sizes with a goal, and only if it is there."""
+    names = [*_OUR_FORMS]
+    is_goal = point.m == point.n == point.k and point.b_rows == 128
+    if is_goal and importlib.util.find_spec("deep_gemm") is not None:
+        names.append("deep_gemm")
+    if point.mask == "none":
+        names.append("cublaslt_loop")
+    return names
 
 
 def judge(point: BlockwisePoint, operands: Operands, out: torch.Tensor) -> gate.Verdict:
@@ -324,7 +366,7 @@ def find_failures(found: dict[str, Any]) -> list[str]:
     return [
         f"blockwise {row['point']} {row['variant']}: {row['reason']}"
         for row in found["rows"]
-        if row["variant"] != "cublaslt_loop" and row["median_ms"] is None
+        if row["variant"] in _OUR_FORMS and row["median_ms"] is None
     ]
 
 

@@ -178,7 +178,7 @@ BLOCKWISE_GOALS = (
             False,
             f"masked: time per row with every other item empty over that with none, M={m}, B={batch}",
         )
-        for batch, m in ((8, 4096), (32, 1024), (256, 128), (256, 1024))
+        for batch, m in ((8, 4096), (32, 1024), (32, 4096), (256, 128), (256, 1024), (256, 4096))
     ),
 )
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import re
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -112,6 +114,7 @@ class TestLaunch:
         assert prepare_launch(apart).a_map == ((384, 512, 4), (4 * 384, 384), (128, 128, 1))
         small = prepare_launch(make_problem(tile=Tile(64, 256, 2)))
         assert (small.a_map[2], small.b_map[2]) == ((128, 64, 1), (128, 128, 1))
+        assert prepare_launch(make_problem(tile=Tile(192, 128, 1, 3))).a_map[2] == (128, 192, 1)
 
     def test_one_matrix_serves_all_items(self):
         for change in ({"b_shape": (1, 512, 384)}, {"b_strides": (0, 384, 1)}):
@@ -170,8 +173,24 @@ class TestLaunch:
         masked = {"num_items": 64, "m": 4096, "n": 2048, "k": 2048, "mode": "MASKED"}
         assert choose(**masked, expected_rows=40).rows == 64
         assert choose(**masked, expected_rows=4096).rows >= 128
-        for m in (64, 128, 4096):
-            assert choose(num_items=1, m=m, n=4096, k=4096, mode="CONTIGUOUS").rows <= 128
+        for b_scales in ((128, 32, 1, 4096), (1, 1, 4096, 4096)):
+            for m in (64, 128, 4096):
+                options = {"num_items": 1, "m": m, "n": 4096, "k": 4096, "mode": "CONTIGUOUS"}
+                assert choose(**options, b_scales=b_scales).rows <= 128
+
+    def test_a_scale_per_column_wants_three_warpgroups(self):
+        """Not where a tile of 192 rows would be half empty."""
+        for size, num_items, expected in (
+            (4096, 8, 3),
+            (2048, 32, 3),
+            (512, 512, 2),
+            (256, 999, 2),
+        ):
+            for per_scale, warpgroups in ((1, expected), (128, 2)):
+                b_scales = (per_scale, 1, size, size)
+                sizes = {"num_items": num_items, "m": size, "n": size, "k": size}
+                tile = choose_tile(make_problem(**sizes, b_scales=b_scales))
+                assert tile.warpgroups == warpgroups, (size, per_scale)
 
     @pytest.mark.parametrize(
         "change, match",
@@ -312,6 +331,47 @@ class TestSource:
     def test_errors_come_with_the_log(self):
         with pytest.raises(RuntimeError, match='(?s)-DX="y".*undefined'):
             nvrtc.compile_cubin("__device__ int f() { return undefined; }", {"X": '"y"'})
+
+
+class TestBindings:
+    """cuda-bindings is imported when a kernel is asked for, and not before."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        nvrtc._load_bindings.cache_clear()
+        yield
+        nvrtc._load_bindings.cache_clear()
+
+    def test_reading_needs_none(self):
+        program = (
+            "import sys; sys.modules['cuda.bindings'] = None\n"
+            "import torch\n"
+            "from transformer_engine_batched import groupwise\n"
+            "from transformer_engine_batched.kernels.blockwise_gemm import TILES, prepare_launch\n"
+            "print(groupwise.describe_scales(torch.ones(2, 3, 4), 1)[1:], len(TILES))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        )
+        assert (done.returncode, done.stdout) == (0, f"(1, 4, 1, 3) {len(TILES)}\n"), done.stderr
+
+    def test_a_kernel_says_what_is_missing(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+        with pytest.raises(ImportError, match="a kernel in CUDA C.*pip install 'cuda-bindings"):
+            nvrtc.compile_cubin("", {})
+
+    def test_a_thread_without_a_context_gets_that_of_the_current_device(self, monkeypatch):
+        """Once; any other status is an error at once."""
+        status = nvrtc._load_bindings().driver.CUresult
+        bound, answers = [], [status.CUDA_ERROR_INVALID_CONTEXT, status.CUDA_SUCCESS]
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "set_device", bound.append)
+        assert nvrtc._call_driver(lambda x: (answers.pop(0), x), 7) == 7 and bound == [3]
+        with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_CONTEXT"):
+            nvrtc._call_driver(lambda: (status.CUDA_ERROR_INVALID_CONTEXT,))
+        with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
+            nvrtc._call_driver(lambda: (status.CUDA_ERROR_INVALID_VALUE,))
+        assert bound == [3, 3]
 
 
 @pytest.mark.skipif(IS_INTERPRETED, reason="is the process that is started here")

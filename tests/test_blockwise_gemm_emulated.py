@@ -74,7 +74,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def emulation(folder, monkeypatch):
-    monkeypatch.setattr(blockwise_gemm, "_get_kernel", lambda x, _: EmulatedKernel(folder, x))
+    monkeypatch.setattr(blockwise_gemm, "_get_kernel", lambda x, *_: EmulatedKernel(folder, x))
     monkeypatch.setattr(blockwise_gemm, "_check_device", lambda *tensors: None)
     monkeypatch.setattr(blockwise_gemm, "_num_sms", lambda device_index: 3)
     monkeypatch.setattr(blockwise_gemm, "encode_tensor_map", encode_tensor_map)
@@ -118,6 +118,8 @@ def exact_product(sides):
         (TILES[2], (1, 1)),
         (TILES[3], (1, 1)),
         (TILES[4], (1, 128)),
+        (TILES[5], (1, 128)),
+        (TILES[5], (1, 1)),
     ],
 )
 def test_tiles(tile, granularities):
@@ -158,7 +160,7 @@ def test_one_matrix_for_all_items():
     assert_accurate(out, a.exact @ b.exact.mT)
 
 
-@pytest.mark.parametrize("tile", [TILES[0], TILES[3]])
+@pytest.mark.parametrize("tile", [TILES[0], TILES[3], TILES[5]])
 def test_masked(tile):
     rows = [200, 0, 1, 129, 1000, -5] + [0] * 30 + [3, 0]
     sides = make_sides(len(rows), 200, 136, 128)

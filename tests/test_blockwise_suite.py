@@ -6,8 +6,10 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -63,11 +65,34 @@ def measure(point, all_rows_ms=None, lost=None):
 def test_rows(b_rows):
     point = BlockwisePoint(4, 64, 200, 256, b_rows=b_rows)
     rows = measure(point)
-    assert list(rows) == list(blockwise_suite.LABELS)
+    assert list(rows) == ["ours", "triton", "cublaslt_loop"]
     for row in rows.values():
         assert row["reason"] is None and row["sqnr_db"] > 50
         assert (row["median_ms"], row["samples"]) == (1.0, 3)
         assert row["tflops"] == pytest.approx(2 * 4 * 64 * 200 * 256 / 1e-3 / 1e12)
+
+
+def test_deep_gemm_takes_part_where_it_can(monkeypatch):
+    def names(*sizes, **options):
+        return blockwise_suite.name_calls(BlockwisePoint(4, *sizes, **options))
+
+    monkeypatch.setattr(blockwise_suite.importlib.util, "find_spec", lambda name: name)
+    assert names(64, 64, 64) == [*blockwise_suite.LABELS]
+    assert names(64, 64, 64, mask="half") == ["ours", "triton", "deep_gemm"]
+    assert "deep_gemm" not in names(64, 64, 64, b_rows=1) + names(64, 64, 128)
+    assert measure(BlockwisePoint(2, 64, 64, 64))["deep_gemm"]["median_ms"] == 1.0
+    monkeypatch.setattr(blockwise_suite.importlib.util, "find_spec", lambda name: None)
+    assert names(64, 64, 64) == ["ours", "triton", "cublaslt_loop"]
+
+
+def test_no_code_is_nan():
+    """Normal data reaches beyond what E4M3 holds, once in many millions."""
+    generator = torch.Generator().manual_seed(0)
+    with mock.patch.object(
+        torch, "randn", lambda size, **_: torch.linspace(-7, 7, size[1]).expand(size).clone()
+    ):
+        codes = blockwise_suite._make_codes(2, 3, 512, generator)
+    assert float(codes.float().max()) == 448.0 and not bool(codes.float().isnan().any())
 
 
 def test_time_is_put_beside_that_of_all_rows():

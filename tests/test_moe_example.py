@@ -36,17 +36,17 @@ def test_groups(counts):
     assert start == len(groups.m_indices)
 
 
-def test_gradients():
+def check_gradients(device):
     """Forward and both gradients of each expert against FP64; an expert without tokens gets a zero gradient."""
-    experts = torch.tensor([2] * 70 + [0] * 150)
+    experts = torch.tensor([2] * 70 + [0] * 150, device=device)
     groups = moe_fp8.group_tokens(experts, 3)
-    tokens = random_values((220, 96), 1)
-    weight = random_values((3, 48, 96), 2).requires_grad_()
+    tokens = random_values((220, 96), 1, device)
+    weight = random_values((3, 48, 96), 2, device).requires_grad_()
     x = tokens.new_zeros(len(groups.m_indices), 96)
     x[groups.rows] = tokens
     x.requires_grad_()
-    grad = torch.zeros(len(x), 48)
-    grad[groups.rows] = random_values((220, 48), 3)
+    grad = torch.zeros(len(x), 48, device=device)
+    grad[groups.rows] = random_values((220, 48), 3, device)
     y = moe_fp8.grouped_linear_fp8(x, weight, groups)
     y.backward(grad)
     for expert in (0, 2):
@@ -62,6 +62,10 @@ def test_gradients():
     assert bool((weight.grad[1] == 0).all())
     padding = groups.m_indices < 0
     assert bool((y[padding] == 0).all()) and bool((x.grad[padding] == 0).all())
+
+
+def test_gradients():
+    check_gradients(CPU)
 
 
 def test_plain_layer_is_the_same_function():
@@ -81,17 +85,20 @@ def test_challenge():
     assert result.fp8_ms is None
 
 
-def test_training():
+def check_training(device, **sizes):
     """Both learn, alike, and FP8 keeps less for backward."""
-    sizes = {"hidden": 128, "num_tokens": 192, "num_steps": 12}
     fp8, plain = (
-        moe_fp8.train(CPU, linear, **sizes)
+        moe_fp8.train(device, linear, **sizes)
         for linear in (moe_fp8.grouped_linear_fp8, moe_fp8.grouped_linear)
     )
     assert fp8.losses[-1] < 0.9 * fp8.losses[0]
     for mine, other in zip(fp8.losses, plain.losses):
         assert mine == pytest.approx(other, rel=0.03)
     assert fp8.saved_bytes < 0.9 * plain.saved_bytes
+
+
+def test_training():
+    check_training(CPU, hidden=128, num_tokens=192, num_steps=12)
 
 
 def test_command(capsys):

@@ -52,6 +52,7 @@ SUITES = {
     "training": "python benchmarks/training.py",
     "attention_error": "python benchmarks/attention_error.py",
     "quantize_kernels": "python benchmarks/quantize_kernels.py",
+    "block_quantize_kernels": "python benchmarks/block_quantize_kernels.py --compare-only",
     "algorithms": "python benchmarks/algorithms.py",
 }
 
@@ -441,7 +442,15 @@ def _attention(results: Results) -> str:
 
 def _quantize_kernels(results: Results) -> str:
     """GB/s of the kernels in use and of TE's, E4M3, by shape."""
-    rows = [r for r in results["rows"] if r["fp8"] == "e4m3" and "rows" not in r]
+    return _bandwidths(results, [r for r in results["rows"] if r["fp8"] == "e4m3" and "rows" not in r])
+
+
+def _block_casts(results: Results) -> str:
+    """GB/s of the casts with 128-blocks and of TE's, by shape; rows of a sweep name their tile in brackets."""
+    return _bandwidths(results, [r for r in results["rows"] if r["gbps"] and "(" not in r["what"]])
+
+
+def _bandwidths(results: Results, rows: list[dict[str, Any]]) -> str:
     shapes = list(dict.fromkeys(tuple(r["shape"]) for r in rows))
     found = {(r["what"], tuple(r["shape"])): r["gbps"] for r in rows}
     body = [
@@ -535,6 +544,7 @@ BLOCKS: dict[str, Callable[[dict[str, Results | None]], str]] = {
         _goals(results, goals.BLOCKWISE_GOALS) if results["blockwise"] else _missing("blockwise")
     ),
     "blockwise": _from("blockwise", _blockwise),
+    "block-casts": _from("block_quantize_kernels", _block_casts),
     "triangle-goals": lambda results: (
         _goals(results, goals.TRIANGLE_GOALS) if results["triangle"] else _missing("triangle")
     ),

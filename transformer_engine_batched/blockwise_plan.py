@@ -14,6 +14,7 @@ import torch
 
 from .block_operand import BlockOperand, ScaleView, Segments, SharedBlocks
 from .groupwise import align_codes, is_aligned
+from .kernels import blockwise_gemm
 from .launch import _apply_epilogue
 from .operands import Operand, contiguous_strides, fold_batch, round_up
 from .reference.product import TORCH_DTYPES
@@ -158,8 +159,6 @@ class BlockwiseLaunch:
         out: torch.Tensor,
         accumulate: bool,
     ) -> None:
-        from .kernels import blockwise_gemm  # loads the compiler's library
-
         steps = self.steps.get(out.stride())
         if steps is None:
             steps = self.steps[out.stride()] = self._plan_steps(tuple(out.shape), out.stride())

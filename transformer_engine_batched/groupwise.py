@@ -14,6 +14,8 @@ from typing import NamedTuple, Optional, Sequence
 import torch
 
 from .emulation import current_emulation
+from .kernels import blockwise_gemm
+from .kernels.blockwise_gemm import BlockScales
 from .operands import has_internal_overlap, round_up
 from .plan import current_sm_count, describe_device
 from .support import check_fp8_pair, find_groupwise_engine
@@ -484,19 +486,17 @@ def is_aligned(codes: torch.Tensor) -> bool:
     return is_contiguous and codes.data_ptr() % _PITCH == 0 and not any(s % _PITCH for s in steps)
 
 
-def _describe_scales(x: _Operand) -> object:
+def _describe_scales(x: _Operand) -> BlockScales:
     """`BlockScales` of scales ``[items, rows or blocks of rows, blocks]``."""
     return describe_scales(x.scale_inv, x.granularity)
 
 
-def describe_scales(scale_inv: torch.Tensor, granularity: int) -> object:
+def describe_scales(scale_inv: torch.Tensor, granularity: int) -> BlockScales:
     """`BlockScales` of scales ``[items, rows or blocks of rows, blocks]`` of any strides.
 
     The kernel counts rows from item to item, so that the step of an item is to be a number of rows: if it is not,
     the scales are copied.
     """
-    from .kernels.blockwise_gemm import BlockScales  # loads the compiler's library
-
     num_items, num_rows, _ = scale_inv.shape
     item_stride, row_stride, block_stride = scale_inv.stride()
     if num_rows == 1:
@@ -522,8 +522,6 @@ def _run(multiply, out: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:  # n
 
         multiply(blockwise_product, out)
         return out
-    from .kernels import blockwise_gemm
-
     if out.stride(-1) == 1 or out.shape[-1] == 1:
         multiply(blockwise_gemm, out)
         return out

@@ -9,6 +9,7 @@ import torch
 from accuracy import assert_accurate
 from block_data import cast
 from block_data import make_masked as make_masked_on
+from blockwise_cases import KERNEL_BOUNDS_DB
 
 import transformer_engine_batched as teb
 
@@ -17,8 +18,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 GRANULARITIES = ((1, 128, 128), (1, 1, 128), (128, 128, 128))
-# Against FP64 of the dequantised operands: the rounding of BF16, and of the tensor cores' sums within a block.
-KERNEL_DB = 50.0
 
 
 def counts(*values):
@@ -32,7 +31,7 @@ def make_masked(*arguments):
 def check_rows(out, expected, rows):
     """Rows that are computed, and poison in the others."""
     for item, count in enumerate(rows):
-        assert_accurate(out[item, :count], expected[item, :count], KERNEL_DB)
+        assert_accurate(out[item, :count], expected[item, :count], KERNEL_BOUNDS_DB[out.dtype])
         assert bool(out[item, count:].isnan().all()), item
 
 
@@ -132,7 +131,7 @@ def test_contiguous(granularity):
     teb.grouped_gemm_fp8_nt_contiguous(a, b, a_scale, b_scale, m_indices, granularity, out=out)
     for group in sizes:
         rows = m_indices == group
-        assert_accurate(out[rows], a64[rows] @ b64[group].mT, KERNEL_DB)
+        assert_accurate(out[rows], a64[rows] @ b64[group].mT, KERNEL_BOUNDS_DB[out.dtype])
     assert bool(out[m_indices < 0].isnan().all())
 
 
@@ -154,7 +153,7 @@ def test_k_grouped(ks, accumulate):
             if accumulate:
                 expected = expected + before[group].double()
             if accumulate or size:
-                assert_accurate(out[group], expected, KERNEL_DB)
+                assert_accurate(out[group], expected, KERNEL_BOUNDS_DB[out.dtype])
             else:
                 assert bool((out[group] == 0).all())
             start += size
@@ -170,7 +169,7 @@ def test_reference_engine_agrees():
                     *operands, counts(130, 130, 130), 130, out_dtype=torch.float32
                 )
             )
-    assert_accurate(results[0], results[1].double(), KERNEL_DB)
+    assert_accurate(results[0], results[1].double(), KERNEL_BOUNDS_DB[torch.float32])
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -5,8 +5,8 @@
 // sum over blocks is FP32 ("promotion", as DeepSeek-V3 trains, arXiv 2412.19437, section 3.3.2).
 //
 // A persistent grid of one CTA per SM walks the tiles. One warpgroup produces: a warp starts the bulk tensor
-// copies of A and B, three copy scales, into a ring of stages. Two warpgroups multiply; while one promotes,
-// the other has the tensor cores. Compiled at run time: see nvrtc.py.
+// copies of A and B, three copy scales, into a ring of stages. Two or three warpgroups multiply; while one promotes,
+// the others have the tensor cores. Compiled at run time: see nvrtc.py.
 
 #include "hopper.cuh"
 
@@ -16,7 +16,10 @@
 #ifndef BLOCK_N           // columns of a tile
 #define BLOCK_N 128
 #endif
-#ifndef GROUPS_N          // 2: the two warpgroups share the rows of a tile and split its columns; 1: they split its rows
+#ifndef MATH_GROUPS       // warpgroups that multiply
+#define MATH_GROUPS 2
+#endif
+#ifndef GROUPS_N          // 2: the two warpgroups share the rows of a tile and split its columns; 1: all split its rows
 #define GROUPS_N 1
 #endif
 #ifndef NUM_STAGES
@@ -43,16 +46,16 @@
 #endif
 
 constexpr int kBlockK = 128;
-constexpr int kMathThreads = 256;
+constexpr int kMathThreads = 128 * MATH_GROUPS;
 constexpr int kThreads = kMathThreads + 128;
-constexpr int kGroupsM = 2 / GROUPS_N;
+constexpr int kGroupsM = MATH_GROUPS / GROUPS_N;
 // A warpgroup multiplies slabs of 64 rows, one after the other, into the same registers of products. Slabs of the
-// two warpgroups alternate, so that a tile with few rows leaves both the same work.
+// warpgroups alternate, so that a tile with few rows leaves all the same work.
 constexpr int kSlabStep = 64 * kGroupsM;
 constexpr int kSlabs = BLOCK_M / kSlabStep;
 constexpr int kGroupCols = BLOCK_N / GROUPS_N;
 constexpr int kAccumulators = kGroupCols / 2;
-constexpr int kBoxM = BLOCK_M < 128 ? BLOCK_M : 128;
+constexpr int kBoxM = BLOCK_M % 128 == 0 ? 128 : BLOCK_M;
 constexpr int kBoxN = kGroupCols;
 constexpr int kBytesA = BLOCK_M * kBlockK;
 constexpr int kBytesB = BLOCK_N * kBlockK;
@@ -65,8 +68,12 @@ constexpr int kOffsetStaging = (kOffsetScalesB + NUM_STAGES * kScalesB * 4 + 127
 constexpr int kOffsetBarriers = kOffsetStaging + kMathThreads / 32 * kStagingBytes;
 // Tiles under way at one time cover about this many rows of tiles, so that they share operands in the L2 cache.
 constexpr int kRasterRows = BLOCK_M >= 256 ? 8 : 16;
+// Of 512 in sum for the lanes of four warpgroups: 3 * 160 + 32. Three warpgroups start with 168 each: 2 * 224 + 56.
+constexpr int kMathRegisters = MATH_GROUPS == 3 ? 160 : 224;
+constexpr int kLoadRegisters = MATH_GROUPS == 3 ? 32 : 56;
 
 static_assert(BLOCK_M % kSlabStep == 0 && kSlabs <= 2 && kGroupCols <= 128, "tile");
+static_assert(MATH_GROUPS == 2 || (MATH_GROUPS == 3 && GROUPS_N == 1 && kSlabs == 1), "warpgroups");
 static_assert(B_PER_COLUMN || BLOCK_N % 128 == 0 || 128 % BLOCK_N == 0, "a tile must not split a block of scales");
 static_assert(!ACCUMULATE || OUT_TYPE == FP32, "only FP32 accumulates");
 
@@ -285,7 +292,7 @@ __device__ __forceinline__ void load_scales(const Params& params, int first, u32
   constexpr bool kIsPerRow = kIsA || B_PER_COLUMN;
   constexpr int kScales = kIsA ? BLOCK_M : kScalesB;
   const int lane = threadIdx.x % 32;
-  // Scales of 16 columns are ordered by the lanes that take them: see Factors.
+  // Scales of 16 columns are ordered by the lanes that take them, four each: see multiply_blocks.
   const int slot = kIsA || !B_PER_COLUMN ? lane : (lane & 17) | (lane & 6) << 1 | (lane & 8) >> 2;
   const u32 targets = shared + (kIsA ? kOffsetScalesA : kOffsetScalesB) + (first + slot) * 4;
   const int shift = kIsA ? params.a_scale_shift : params.b_scale_shift;
@@ -416,31 +423,17 @@ __device__ __forceinline__ u64 descriptor_b(const Place& place, int stage) {
   return matrix_descriptor(place.shared + kOffsetB + stage * kBytesB + place.group_col * kBlockK);
 }
 
-#if B_PER_COLUMN
-// Factors of a lane's products in 16 columns, in the order of its registers.
-struct Factors {
-  float values[8];
-  __device__ __forceinline__ void load(u32 scales_b, int index, int lane, float low, float high) {
-    float columns[4];
-    load_shared(scales_b + index * 64 + lane % 4 * 16, columns);
-#pragma unroll
-    for (int n = 0; n < 8; ++n) values[n] = (n % 4 < 2 ? low : high) * columns[n / 4 * 2 + n % 2];
-  }
-};
-// As many as there are registers for are made while the tensor cores work.
-constexpr int kFactorsAhead = (kSlabs + 1) * kAccumulators <= 128 ? kGroupCols / 16 : 2;
-#endif
-
-// All k-blocks of the first kActive slabs of a tile, into `acc`. `is_ready`: the stage of `ring` is known to be full.
+// All k-blocks of the first kActive slabs of a tile, into `acc`.
 template <int kActive>
-__device__ __forceinline__ void multiply_blocks(const Place& place, int num_k_blocks, Ring& ring, bool& is_ready,
+__device__ __forceinline__ void multiply_blocks(const Place& place, int num_k_blocks, Ring& ring,
                                                 float (&acc)[kSlabs][kAccumulators]) {
   float products[kAccumulators];
   int before = 0;
+  const u64 first_a = descriptor_a(place, 0), first_b = descriptor_b(place, 0);
   u64 a = descriptor_a(place, ring.stage), b = descriptor_b(place, ring.stage);
+  if (num_k_blocks > 0) wait_barrier(place.full + ring.stage * 8, ring.phase);
   for (int i = 0; i < num_k_blocks; ++i) {
     const int stage = ring.stage;
-    if (!is_ready) wait_barrier(place.full + stage * 8, ring.phase);
     const u32 scales_a = place.shared + kOffsetScalesA + (stage * BLOCK_M + place.warp_row + place.lane / 4) * 4;
     float scale_a[kActive][2];
 #if B_PER_COLUMN
@@ -457,7 +450,7 @@ __device__ __forceinline__ void multiply_blocks(const Place& place, int num_k_bl
       commit_products();
       pin_registers(products);
       // While the tensor cores work: all that does not need their result. What is left for after it must take less
-      // time than the products of the other warpgroup, or the tensor cores idle.
+      // time than the products of the other warpgroups, or the tensor cores idle.
       if (slab == 0) {
         if (i > 0) release_stage(place, before);
 #pragma unroll
@@ -475,34 +468,29 @@ __device__ __forceinline__ void multiply_blocks(const Place& place, int num_k_bl
 #endif
       }
       const float low = scale_a[slab][0], high = scale_a[slab][1];
-#if B_PER_COLUMN
-      Factors factors[kFactorsAhead];
-#pragma unroll
-      for (int j = 0; j < kFactorsAhead; ++j) {
-        factors[j].load(scales_b, j, place.lane, low, high);
-        pin_registers(factors[j].values);
-      }
-#endif
       if (slab == kActive - 1) {
+        // The next stage, too, is waited for here: nothing then stands between this sum and the next products.
         before = stage;
         ring.advance();
-        a = descriptor_a(place, ring.stage);
-        b = descriptor_b(place, ring.stage);
+        a = first_a + static_cast<u32>(ring.stage) * (kBytesA / 16);
+        b = first_b + static_cast<u32>(ring.stage) * (kBytesB / 16);
         pin_value(a);
         pin_value(b);
-        is_ready = poll_barrier(place.full + ring.stage * 8, ring.phase);
+        if (i + 1 < num_k_blocks) wait_barrier(place.full + ring.stage * 8, ring.phase);
       }
       wait_for_products();
       pin_registers(products);
       float(&sum)[kAccumulators] = acc[slab];
 #if B_PER_COLUMN
+      // In place: there are no registers for the products of both scales.
 #pragma unroll
       for (int j = 0; j < kGroupCols / 16; ++j) {
-        Factors late;
-        if (j >= kFactorsAhead) late.load(scales_b, j, place.lane, low, high);
-        const Factors& factor = j < kFactorsAhead ? factors[j < kFactorsAhead ? j : 0] : late;
+        float columns[4];
+        load_shared(scales_b + j * 64 + place.lane % 4 * 16, columns);
 #pragma unroll
-        for (int n = 0; n < 8; ++n) sum[8 * j + n] += factor.values[n] * products[8 * j + n];
+        for (int n = 0; n < 8; ++n) products[8 * j + n] *= columns[n / 4 * 2 + n % 2];
+#pragma unroll
+        for (int n = 0; n < 8; ++n) sum[8 * j + n] += (n % 4 < 2 ? low : high) * products[8 * j + n];
       }
 #else
 #pragma unroll
@@ -513,10 +501,9 @@ __device__ __forceinline__ void multiply_blocks(const Place& place, int num_k_bl
   if (num_k_blocks > 0) release_stage(place, before);
 }
 
-__device__ __forceinline__ void skip_blocks(const Place& place, int num_k_blocks, Ring& ring, bool& is_ready) {
+__device__ __forceinline__ void skip_blocks(const Place& place, int num_k_blocks, Ring& ring) {
   for (int i = 0; i < num_k_blocks; ++i, ring.advance()) {
-    if (!is_ready) wait_barrier(place.full + ring.stage * 8, ring.phase);
-    is_ready = false;
+    wait_barrier(place.full + ring.stage * 8, ring.phase);
     release_stage(place, ring.stage);
   }
 }
@@ -532,7 +519,6 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared,
   const u32 staging = shared + kOffsetStaging + warp * kStagingBytes;
   Scheduler scheduler(params);
   Ring ring;
-  bool is_ready = false;
   Tile tile, following;
   for (bool is_tile = scheduler.next(tile); is_tile; tile = following) {
     float acc[kSlabs][kAccumulators];
@@ -544,11 +530,11 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared,
     int slabs = min(kSlabs, (tile.end_row - tile.row - group_row + kSlabStep - 1) / kSlabStep);
     if (tile.col + group_col >= params.num_cols) slabs = 0;
     if (slabs == kSlabs) {
-      multiply_blocks<kSlabs>(place, tile.num_k_blocks, ring, is_ready, acc);
-    } else if (slabs > 0) {
-      multiply_blocks<1>(place, tile.num_k_blocks, ring, is_ready, acc);
+      multiply_blocks<kSlabs>(place, tile.num_k_blocks, ring, acc);
+    } else if (kSlabs > 1 && slabs > 0) {
+      multiply_blocks<1>(place, tile.num_k_blocks, ring, acc);
     } else {
-      skip_blocks(place, tile.num_k_blocks, ring, is_ready);
+      skip_blocks(place, tile.num_k_blocks, ring);
     }
     is_tile = scheduler.next(following);
 #pragma unroll
@@ -572,16 +558,15 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) multiply_blockwise(con
     publish_barriers();
   }
   __syncthreads();
-  // The three warpgroups start with 168 registers a thread each, in sum 504 = 56 + 2 * 224.
   if (threadIdx.x >= kMathThreads) {
-    give_registers<56>();
+    give_registers<kLoadRegisters>();
     const u32 warp = threadIdx.x / 32 - kMathThreads / 32;
     if (warp == 0) load_operands(params, shared, full, empty);
     if (warp == 1) load_scales<true, BLOCK_M / 64>(params, 0, shared, full, empty);
     if (warp == 2) load_scales<true, BLOCK_M / 64>(params, BLOCK_M / 2, shared, full, empty);
     if (warp == 3) load_scales<false, B_PER_COLUMN ? BLOCK_N / 32 : 1>(params, 0, shared, full, empty);
   } else {
-    take_registers<224>();
+    take_registers<kMathRegisters>();
     multiply_tiles(params, shared, full, empty);
   }
 }

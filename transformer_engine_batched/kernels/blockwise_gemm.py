@@ -21,8 +21,9 @@ import torch
 from .nvrtc import Kernel, encode_tensor_map
 
 BLOCK_K = 128
-_NUM_THREADS = 384
-_STAGING_BYTES = 8 * 2048
+# Of a warpgroup.
+_NUM_THREADS = 128
+_STAGING_BYTES = 4 * 2048
 # Of the 227 KiB of an SM that a CTA may have.
 _MAX_SHARED_BYTES = 232448
 # Offsets within a tile are 32-bit in the kernel.
@@ -64,11 +65,21 @@ class BlockScales(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Shape of an output tile: `column_groups` is 2 where the two warpgroups split its columns, 1 its rows."""
+    """Shape of an output tile, and the warpgroups that multiply.
+
+    Parameters
+    ----------
+    rows, cols : int
+    column_groups : {1, 2}
+        2 where two warpgroups split the columns, 1 where all split the rows.
+    warpgroups : {2, 3}
+        Three leave each the registers for 64 rows.
+    """
 
     rows: int
     cols: int
     column_groups: int
+    warpgroups: int = 2
 
 
 class Problem(NamedTuple):
@@ -108,10 +119,14 @@ TILES = (
     Tile(128, 128, 1),
     Tile(64, 256, 2),
     Tile(64, 128, 2),
+    Tile(192, 128, 1, 3),
 )
-# Time for one element of a tile over that of the largest (H200, N = 2048 and 4096, full tiles; the last is a guess): small
-# tiles read operands more often from the L2 cache, and have one slab of rows between two waits for data.
-_SLOWDOWN = {TILES[0]: 1.01, TILES[1]: 1.0, TILES[2]: 1.09, TILES[3]: 1.12, TILES[4]: 1.4}
+# Time for one element of a tile (H200, N = 512 to 4096, full tiles) over that of the fastest with a scale of B per 128
+# columns. Small tiles read operands more often from the L2 cache, and have one slab of rows between two waits for data. With
+# a scale per column, two FP32 operations per element and block take longer than the products of one other warpgroup:
+# a third one hides them.
+_SLOWDOWN = dict(zip(TILES, (1.01, 1.0, 1.11, 1.13, 1.57, 1.04)))
+_SLOWDOWN_PER_COLUMN = dict(zip(TILES, (1.43, 1.42, 1.54, 1.53, 1.9, 1.32)))
 # Cycles of a tile outside its loop over k-blocks: the first loads' latency, the output.
 _TILE_CYCLES = 1000
 # From here on, SMs that are done early do not count.
@@ -393,7 +408,7 @@ def prepare_launch(problem: Problem) -> Launch:
         raise ValueError(f"num_sms must be at least 1 and came as {problem.num_sms}")
     tile = problem.tile or choose_tile(problem)
     # Blocks of scales of B coincide with tiles, unless they begin somewhere in an item.
-    per_column = problem.b_scales[0] == 1 or problem.b_scales[3] % 128 != 0
+    per_column = _is_per_column(problem)
     if not per_column and tile.cols % 128 and 128 % tile.cols:
         per_column = True
     tiles_m = -(-num_rows // tile.rows)
@@ -415,6 +430,7 @@ def prepare_launch(problem: Problem) -> Launch:
         "MODE": mode,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.cols,
+        "MATH_GROUPS": tile.warpgroups,
         "GROUPS_N": tile.column_groups,
         "NUM_STAGES": num_stages(tile, per_column),
         "B_PER_COLUMN": int(per_column),
@@ -426,7 +442,9 @@ def prepare_launch(problem: Problem) -> Launch:
     element_bytes = 4 if problem.out_type == "FP32" else 2
     steps = [step for size, step in zip(problem.out_shape[:2], problem.out_strides[:2]) if size > 1]
     is_out_aligned = problem.is_aligned and all(step * element_bytes % 16 == 0 for step in steps)
-    a_map, a_step = _describe_map(problem.a_shape, problem.a_strides, min(tile.rows, 128))
+    a_map, a_step = _describe_map(
+        problem.a_shape, problem.a_strides, tile.rows if tile.rows % 128 else 128
+    )
     b_map, b_step = _describe_map(
         problem.b_shape, problem.b_strides, tile.cols // tile.column_groups
     )
@@ -450,10 +468,18 @@ def prepare_launch(problem: Problem) -> Launch:
         is_out_aligned,
     )
     num_ctas = min(problem.num_sms, num_tiles)
-    kernel = _get_kernel(tuple(definitions.items()), shared_bytes(tile, per_column))
+    kernel = _get_kernel(
+        tuple(definitions.items()),
+        _NUM_THREADS * (tile.warpgroups + 1),
+        shared_bytes(tile, per_column),
+    )
     # Size of the struct: a multiple of its alignment, 64.
     size = 256 + 32 + len(constants)
     return Launch(kernel, num_ctas, a_map, b_map, constants + bytes(-size % 64))
+
+
+def _is_per_column(problem: Problem) -> bool:
+    return problem.b_scales[0] == 1 or problem.b_scales[3] % 128 != 0
 
 
 def choose_tile(problem: Problem) -> Tile:
@@ -464,15 +490,16 @@ def choose_tile(problem: Problem) -> Tile:
     num_k_blocks = -(-problem.a_shape[-1] // BLOCK_K)
     if problem.mode == "K_GROUPED":
         num_k_blocks = -(-num_k_blocks // num_items)
+    slowdown = _SLOWDOWN_PER_COLUMN if _is_per_column(problem) else _SLOWDOWN
 
     def count_cycles(tile: Tile) -> float:
         # A tile whose rows end early is multiplied in slabs of so many rows.
-        slab_rows = 128 // tile.column_groups
+        slab_rows = 64 * tile.warpgroups // tile.column_groups
         tiles_n = -(-num_cols // tile.cols)
         num_tiles = num_items * -(-num_rows // tile.rows) * tiles_n
         area = num_items * -(-num_rows // slab_rows) * slab_rows * tiles_n * tile.cols
-        # Two warpgroups, 4096 multiply-adds a cycle.
-        cycles = area * num_k_blocks / 32 * _SLOWDOWN[tile] / num_tiles + _TILE_CYCLES
+        # 4096 multiply-adds a cycle.
+        cycles = area * num_k_blocks / 32 * slowdown[tile] / num_tiles + _TILE_CYCLES
         rounds = num_tiles / problem.num_sms
         return cycles * (rounds if rounds > _MANY_ROUNDS else math.ceil(rounds))
 
@@ -485,14 +512,15 @@ def choose_tile(problem: Problem) -> Tile:
 def num_stages(tile: Tile, per_column: bool) -> int:
     """Stages of the ring of operands that fit into shared memory beside the output's staging."""
     stage = _stage_bytes(tile, per_column)
-    return min(8, (_MAX_SHARED_BYTES - _STAGING_BYTES - 128) // (stage + 16))
+    staging = _STAGING_BYTES * tile.warpgroups
+    return min(8, (_MAX_SHARED_BYTES - staging - 128) // (stage + 16))
 
 
 def shared_bytes(tile: Tile, per_column: bool) -> int:
     """Dynamic shared memory of a CTA."""
     stages = num_stages(tile, per_column)
     ring = -(-stages * _stage_bytes(tile, per_column) // 128) * 128
-    return ring + _STAGING_BYTES + 16 * stages
+    return ring + _STAGING_BYTES * tile.warpgroups + 16 * stages
 
 
 def _stage_bytes(tile: Tile, per_column: bool) -> int:
@@ -512,9 +540,9 @@ def _describe_map(
 
 
 @lru_cache(maxsize=None)
-def _get_kernel(definitions: tuple, num_bytes: int) -> Kernel:
+def _get_kernel(definitions: tuple, num_threads: int, num_bytes: int) -> Kernel:
     return Kernel(
-        "blockwise_gemm.cu", "multiply_blockwise", dict(definitions), _NUM_THREADS, num_bytes
+        "blockwise_gemm.cu", "multiply_blockwise", dict(definitions), num_threads, num_bytes
     )
 
 

@@ -3,8 +3,8 @@
 
 A kernel is a source file beside this one that includes no header but those beside it, and takes one struct. Its machine code is kept
 on disk (`$XDG_CACHE_HOME/transformer_engine_batched`, or `~/.cache/...`) and in the process. Both libraries come with
-torch (the packages `cuda-bindings` and `nvidia-cuda-nvrtc`): no compiler need be installed. Compiling needs no
-GPU. Must not import the rest of the package.
+torch (the packages `cuda-bindings` and `nvidia-cuda-nvrtc`): no compiler need be installed. They are imported when
+a kernel is asked for. Compiling needs no GPU. Must not import the rest of the package.
 """
 
 from __future__ import annotations
@@ -17,14 +17,32 @@ import tempfile
 import threading
 from functools import lru_cache
 from pathlib import Path
-from typing import Mapping, Sequence, Union
+from typing import Any, Callable, Mapping, NamedTuple, Sequence, Union
 
 import torch
-from cuda.bindings import driver, nvrtc
 
 TENSOR_MAP_BYTES = 128
 _OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
 _lock = threading.Lock()
+
+
+class _Bindings(NamedTuple):
+    """Modules of cuda-bindings."""
+
+    driver: Any
+    nvrtc: Any
+
+
+@lru_cache(maxsize=None)
+def _load_bindings() -> _Bindings:
+    try:
+        from cuda.bindings import driver, nvrtc
+    except ImportError as error:
+        raise ImportError(
+            f"a kernel in CUDA C++ was asked for, and cuda.bindings, which compiles and launches it, cannot be imported "
+            f"({error}): pip install 'cuda-bindings>=13.0.3,<14'"
+        ) from error
+    return _Bindings(driver, nvrtc)
 
 
 def cache_folder() -> Path:
@@ -47,9 +65,11 @@ def compile_cubin(source: str, definitions: Mapping[str, Union[int, str]]) -> by
     ------
     RuntimeError
         The source does not compile: with the compiler's log.
+    ImportError
+        The package cuda-bindings is missing.
     """
     options = [*_OPTIONS, *(f"-D{name}={value}".encode() for name, value in definitions.items())]
-    version = _check(nvrtc.nvrtcVersion())
+    version = _check(_load_bindings().nvrtc.nvrtcVersion())
     headers = _read_headers()
     key = hashlib.sha256(repr((source, headers, options, version)).encode()).hexdigest()
     path = cache_folder() / f"{key}.cubin"
@@ -62,6 +82,7 @@ def compile_cubin(source: str, definitions: Mapping[str, Union[int, str]]) -> by
 
 
 def _compile(source: str, headers: Mapping[str, str], options: Sequence[bytes]) -> bytes:
+    nvrtc = _load_bindings().nvrtc
     names = [name.encode() for name in headers]
     texts = [text.encode() for text in headers.values()]
     program = _check(
@@ -127,7 +148,7 @@ class Kernel:
         self._definitions = definitions
         self._num_threads = num_threads
         self._shared_bytes = shared_bytes
-        self._functions: dict[int, driver.CUfunction] = {}
+        self._functions: dict[int, Any] = {}
 
     def launch(self, num_ctas: int, parameters: bytes, device_index: int) -> None:
         """Launches on the current stream of a device; `parameters` are the bytes of the struct."""
@@ -138,7 +159,8 @@ class Kernel:
         function = self._functions.get(device_index) or self._load(device_index)
         # The driver copies the struct before the call returns.
         pointer = ctypes.c_char_p(parameters)
-        arguments = (
+        _call_driver(
+            _load_bindings().driver.cuLaunchKernel,
             function,
             *(num_ctas, 1, 1),
             *(self._num_threads, 1, 1),
@@ -147,20 +169,14 @@ class Kernel:
             ctypes.addressof(pointer),
             0,
         )
-        (status,) = driver.cuLaunchKernel(*arguments)
-        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-            # A thread's first call: torch binds the device's context to it.
-            torch.cuda.set_device(device_index)
-            (status,) = driver.cuLaunchKernel(*arguments)
-        if status != driver.CUresult.CUDA_SUCCESS:
-            _check((status,))
 
-    def _load(self, device_index: int) -> driver.CUfunction:
+    def _load(self, device_index: int) -> Any:
         with _lock:
             if device_index not in self._functions:
                 cubin = compile_cubin(_read_source(self._file_name), self._definitions)
-                torch.cuda.set_device(device_index)  # its context, for a thread that has none yet
-                module = _check(driver.cuModuleLoadData(cubin))
+                driver = _load_bindings().driver
+                torch.cuda.set_device(device_index)
+                module = _call_driver(driver.cuModuleLoadData, cubin)
                 function = _check(driver.cuModuleGetFunction(module, self._entry.encode()))
                 attribute = driver.CUfunction_attribute
                 _check(
@@ -203,26 +219,38 @@ def encode_tensor_map(
     strides : tuple of int
         Bytes, multiples of 16, of all dims but the first.
     """
-    tensor_map = _check(
-        driver.cuTensorMapEncodeTiled(
-            driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
-            len(sizes),
-            address,
-            [driver.cuuint64_t(size) for size in sizes],
-            [driver.cuuint64_t(stride) for stride in strides],
-            [driver.cuuint32_t(size) for size in box],
-            [driver.cuuint32_t(1)] * len(sizes),
-            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
-            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-        )
+    driver = _load_bindings().driver
+    tensor_map = _call_driver(
+        driver.cuTensorMapEncodeTiled,
+        driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
+        len(sizes),
+        address,
+        [driver.cuuint64_t(size) for size in sizes],
+        [driver.cuuint64_t(stride) for stride in strides],
+        [driver.cuuint32_t(size) for size in box],
+        [driver.cuuint32_t(1)] * len(sizes),
+        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
     words = [int(word) for word in tensor_map.opaque]
     return struct.pack(f"<{TENSOR_MAP_BYTES // 8}Q", *words)
 
 
-def _check(result: tuple) -> object:
+def _call_driver(function: Callable[..., tuple], *arguments: object) -> Any:
+    """The value of a call of the driver, in the context of torch's current device.
+
+    A thread whose first CUDA work this is has no context: torch binds it, and the call is repeated.
+    """
+    status, *values = function(*arguments)
+    if status == _load_bindings().driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        torch.cuda.set_device(torch.cuda.current_device())
+        status, *values = function(*arguments)
+    return _check((status, *values))
+
+
+def _check(result: tuple) -> Any:
     """The value of a driver or NVRTC call, or an error with the name of its status."""
     status, *values = result
     if status.value != 0:
