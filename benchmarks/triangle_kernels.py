@@ -36,7 +36,9 @@ from transformer_engine_batched.kernels import (
     triangle_backward,
     triangle_forward,
     triangle_output,
+    triangle_output_backward,
     triangle_project,
+    triangle_project_backward,
     triangle_tiles,
     triangle_weight_gradients,
 )
@@ -114,6 +116,22 @@ class Data:
             self.grad_x.clone() if self.n <= 256 else self.grad_x,
         )  # fmt: skip
         return found.z, *found.norm[:2]
+
+    def whole_output_backward(self) -> tuple:
+        """All gradients, in CUDA C++."""
+        found = triangle_output_backward.output_backward(
+            self.grad_out, self.c, self.z, self.norm_in, self.norm_out, self.output,
+            fp8_dtype="e5m2", scale=self.scales.new_full((1,), 64.0), amax=self.amaxes[:1],
+        )  # fmt: skip
+        return found.grad_c, found.grad_x, *found.norm_out[:2], *found.output[::2]
+
+    def whole_project_backward(self) -> tuple:
+        """All gradients, in CUDA C++."""
+        found = triangle_project_backward.project_backward(
+            self.grad_a, self.grad_b, self.z, self.norm_in, self.projection, self.mask,
+            self.grad_x.clone() if self.n <= 256 else self.grad_x,
+        )  # fmt: skip
+        return found.z, *found.norm[:2], *found.projection[::2]
 
     def output_weights(self) -> tuple:
         """Gradients of Wo and Wgo."""
@@ -200,6 +218,9 @@ KERNELS = {
             Tile(64, 64, 8, 2, 2), Tile(32, 64, 8, 2, 2),
         ),
     ),
+    # Activations and weights together; codes are turned by a second kernel.
+    "output_backward, CUDA": Kernel(lambda data: data.whole_output_backward(), 6, 5.5),
+    "project_backward, CUDA": Kernel(lambda data: data.whole_project_backward(), 12, 5),
 }  # fmt: skip
 
 
@@ -257,15 +278,16 @@ def find_expected(data: Data) -> dict[str, tuple]:
         "project_backward": inputs[:3],
         "projection weights": inputs[3:],
     }
-    # The same in CUDA C++: triangle_project.cu, triangle_output.cu.
-    return expected | {f"{name}, CUDA": x for name, x in expected.items()}
+    # The same in CUDA C++.
+    expected |= {f"{name}, CUDA": x for name, x in expected.items()}
+    return expected | {"output_backward, CUDA": grads, "project_backward, CUDA": inputs}
 
 
 def decode(data: Data, name: str, index: int, result: torch.Tensor) -> torch.Tensor:
     """Codes as numbers."""
     if result.dtype != torch.uint8 or name == "turn":
         return result.double()
-    if name == "output_backward":
+    if name.startswith("output_backward"):
         return result.view(torch.float8_e5m2).double() / 64
     return result.view(torch.float8_e4m3fn).double() / data.scales[index].double()
 

@@ -46,10 +46,14 @@ struct Index {
 struct float2 {
   float x, y;
 };
+struct uint2 {
+  u32 x, y;
+};
 struct uint4 {
   u32 x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 inline thread_local Index threadIdx;
@@ -72,12 +76,13 @@ struct Warp {
 struct Cta {
   std::unique_ptr<Warp[]> warps;
   std::unique_ptr<std::barrier<>> meeting;
-  std::vector<std::unique_ptr<std::barrier<>>> groups;
+  std::vector<std::unique_ptr<std::barrier<>>> groups, pairs;
 };
 inline Cta cta;
 
 inline void __syncthreads() { cta.meeting->arrive_and_wait(); }
 inline void sync_group(u32 group) { cta.groups[group]->arrive_and_wait(); }
+inline void sync_pair(u32 pair) { cta.pairs[pair]->arrive_and_wait(); }
 inline Warp& own_warp() { return cta.warps[threadIdx.x / 32]; }
 inline void __syncwarp() { own_warp().meeting.arrive_and_wait(); }
 
@@ -123,6 +128,15 @@ inline float __int_as_float(int bits) {
   float x;
   std::memcpy(&x, &bits, 4);
   return x;
+}
+inline float __shfl_sync(u32 mask, float value, int lane) {
+  return __int_as_float(__shfl_sync(mask, __float_as_int(value), lane));
+}
+inline u32 __byte_perm(u32 low, u32 high, u32 selector) {
+  const u64 bytes = u64(high) << 32 | low;
+  u32 word = 0;
+  for (int i = 0; i < 4; ++i) word |= static_cast<u32>(bytes >> 8 * (selector >> 4 * i & 7) & 0xFF) << 8 * i;
+  return word;
 }
 inline int __popc(u32 bits) { return __builtin_popcount(bits); }
 
@@ -225,7 +239,10 @@ inline void load_box(u32 target, const TensorMap& map, u32 barrier, int byte, in
       is_inside &= at[dim] < static_cast<i64>(words[2 + dim]);
       source += at[dim] * static_cast<i64>(words[5 + dim]);
     }
-    for (int c = 0; c < 128; ++c) shared_memory[swizzle(target + i * 128 + c)] = is_inside ? source[byte + c] : 0;
+    for (int c = 0; c < 128; ++c) {
+      const bool is_byte_inside = is_inside && byte + c < static_cast<i64>(words[1]);
+      shared_memory[swizzle(target + i * 128 + c)] = is_byte_inside ? source[byte + c] : 0;
+    }
   }
   std::lock_guard guard(lock);
   change(barrier, 0, -static_cast<i64>(words[8] * words[9] * words[10] * words[11]));
@@ -238,16 +255,29 @@ inline void copy_word(u32 target, const void* source, bool is_inside) {
   if (is_inside) std::memcpy(shared_memory + target, source, 4);
 }
 
+inline void prefetch_line(const void*) {}
+
 inline float load_shared(u32 address) {
   float value;
   std::memcpy(&value, shared_memory + address, 4);
   return value;
 }
 
+inline void load_shared(u32 address, float (&x)[2]) {
+  if (address % 8) std::abort();
+  std::memcpy(x, shared_memory + address, 8);
+}
+
 template <class T>
 void load_shared(u32 address, T (&x)[4]) {
   if (address % 16) std::abort();
   std::memcpy(x, shared_memory + address, 16);
+}
+
+template <class T>
+void load_shared(u32 address, T (&x)[2]) {
+  if (address % 8) std::abort();
+  std::memcpy(x, shared_memory + address, 8);
 }
 
 inline void store_shared(u32 address, float value) { std::memcpy(shared_memory + address, &value, 4); }
@@ -257,6 +287,11 @@ inline void store_shared(u32 address, const u32 (&x)[4]) {
   std::memcpy(shared_memory + address, x, 16);
 }
 
+inline void store_shared(u32 address, const u32 (&x)[2]) {
+  if (address % 8) std::abort();
+  std::memcpy(shared_memory + address, x, 8);
+}
+
 inline void store_matrices(u32 address, const u32 (&x)[4]) {
   const int lane = threadIdx.x % 32;
   for (int i = 0; i < 4; ++i) {
@@ -264,6 +299,34 @@ inline void store_matrices(u32 address, const u32 (&x)[4]) {
     std::memcpy(shared_memory + row + lane % 4 * 4, &x[i], 4);
   }
 }
+
+// Copies between a lane's elements of four matrices and shared memory.
+template <class Copy>
+void visit_matrices(u32 address, bool is_turned, Copy copy) {
+  const int lane = threadIdx.x % 32;
+  exchange(static_cast<int>(address), [&](const int* rows) {
+    for (int n = 0; n < 8; ++n) {
+      const int major = lane / 4, minor = lane % 4 * 2 + n % 2;
+      const int row = rows[n / 2 * 8 + (is_turned ? minor : major)];
+      copy(shared_memory + row + (is_turned ? major : minor) * 2, n / 2, n % 2);
+    }
+    return 0;
+  });
+}
+
+inline void store_turned_matrices(u32 address, const u32 (&x)[4]) {
+  visit_matrices(address, true, [&](char* element, int i, int e) {
+    std::memcpy(element, reinterpret_cast<const char*>(&x[i]) + 2 * e, 2);
+  });
+}
+
+inline void load_some_matrices(u32 address, bool is_turned, u32 (&x)[4]) {
+  visit_matrices(address, is_turned, [&](const char* element, int i, int e) {
+    std::memcpy(reinterpret_cast<char*>(&x[i]) + 2 * e, element, 2);
+  });
+}
+inline void load_matrices(u32 address, u32 (&x)[4]) { load_some_matrices(address, false, x); }
+inline void load_turned_matrices(u32 address, u32 (&x)[4]) { load_some_matrices(address, true, x); }
 
 inline u32 pack_bf16(float low, float high) {
   u32 pair = 0;
@@ -290,6 +353,8 @@ inline float rsqrt_approx(float x) { return 1 / std::sqrt(x); }
 // --- Products
 
 inline u64 matrix_descriptor(u32 address) { return address / 16; }
+// Distance of panels in the upper half.
+inline u64 turned_descriptor(u32 address, u32 panel_bytes) { return u64(panel_bytes) << 32 | address / 16; }
 
 // Byte `k` of row `row` of the matrix at a descriptor.
 inline unsigned char read_code(u64 descriptor, int row, int k) {
@@ -399,6 +464,27 @@ void multiply_bf16(float (&d)[32], u64 a, u64 b, int is_added) {
   pending_products.push_back([&d, a, b, is_added] { multiply_bf16_now(d, a, b, is_added, kIsTurned); });
 }
 
+// Element `k` of row `row` of a BF16 matrix that lies turned.
+inline float read_turned_bf16(u64 descriptor, int row, int k) {
+  return read_bf16(static_cast<u32>(descriptor) + row / 64 * ((descriptor >> 32) / 16), k, row % 64);
+}
+
+template <int kIsTurnedA, int kIsTurnedB, int kSize>
+void multiply_bf16(float (&d)[kSize], u64 a, u64 b, int is_added) {
+  pending_products.push_back([&d, a, b, is_added] {
+    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 32 % 4 * 16 + lane / 4;
+    for (int n = 0; n < kSize; ++n) {
+      const int row = first_row + n / 2 % 2 * 8, col = n / 4 * 8 + lane % 4 * 2 + n % 2;
+      float sum = 0;
+      for (int k = 0; k < 16; ++k) {
+        const float x = kIsTurnedA ? read_turned_bf16(a, row, k) : read_bf16(a, row, k);
+        sum += x * (kIsTurnedB ? read_turned_bf16(b, col, k) : read_bf16(b, col, k));
+      }
+      d[n] = is_added ? d[n] + sum : sum;
+    }
+  });
+}
+
 inline void commit_products() {
   last_group = committed;
   committed = pending_products.size();
@@ -419,7 +505,9 @@ inline void wait_for_older_products() {
 
 template <int kSize>
 void pin_registers(float (&)[kSize]) {}
+inline int thread_index() { return threadIdx.x; }
 inline void pin_value(u64&) {}
+inline void pin_value(u32&) {}
 inline void begin_products() {}
 template <int kCount>
 void give_registers() {}
@@ -437,6 +525,8 @@ void run_emulated(void (*kernel)(Params), const Params& params, int num_ctas, in
     cta.meeting = std::make_unique<std::barrier<>>(num_threads);
     cta.groups.clear();
     for (int i = 0; i < num_threads / 128; ++i) cta.groups.push_back(std::make_unique<std::barrier<>>(128));
+    cta.pairs.clear();
+    for (int i = 0; i < num_threads / 256; ++i) cta.pairs.push_back(std::make_unique<std::barrier<>>(256));
     std::vector<std::thread> threads;
     for (int i = 0; i < num_threads; ++i) {
       threads.emplace_back([&, i] {

@@ -142,13 +142,17 @@ class TestCompiled:
         from triton.compiler import ASTSource
 
         names = [parameter.name for parameter in kernel.params]
-        constants |= cls.COMMON | {
-            "p_bias_ptr": None,
-            "g_bias_ptr": None,
-            "POSITIONS": tile.positions,
-            "CHANNELS": tile.channels,
-            "STAGES": tile.num_stages,
-        }
+        constants = (
+            cls.COMMON
+            | constants
+            | {
+                "p_bias_ptr": None,
+                "g_bias_ptr": None,
+                "POSITIONS": tile.positions,
+                "CHANNELS": tile.channels,
+                "STAGES": tile.num_stages,
+            }
+        )
         if "RESIDENT" in names:
             constants["RESIDENT"] = tile.is_resident
         floats = ("sums_ptr", "scale_ptr", "amax_ptr", "scales_ptr", "amaxes_ptr")
@@ -195,6 +199,37 @@ class TestCompiled:
         assert "ex2.approx.ftz.f32" in ptx and "rcp.approx.ftz.f32" in ptx
         assert "cvt.rn.satfinite.e4m3x2.f32" in ptx
         assert "st.global.v4.b32" in ptx
+
+    @pytest.mark.parametrize("dim, hidden", ((256, 256), (384, 128), (640, 64)))
+    def test_wide_operands_fit_where_nothing_is_written(self, dim, hidden):
+        """Amaxes only: weights of one block of channels at a time, as where operands are stored."""
+        tile = triangle_forward.choose_operand_tile(dim, hidden, torch.bfloat16)
+        sizes = {"DIM": dim, "HIDDEN": hidden, "both_ptr": None, "scales_ptr": None}
+        options = {"CHUNK": 128, "VECTOR": 8, "INCOMING": False, "FP8": False, "E5M2": False}
+        self.compile(
+            triangle_forward._operands_kernel,
+            tile,
+            **sizes,
+            **options,
+            scale_invs_ptr=None,
+            POWER_OF_2=False,
+        )
+
+    @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+    def test_tiles_of_all_sizes_fit(self, dtype):
+        for dim in range(16, 1040, 16):
+            for hidden in (16, 48, 128, 256, 512):
+                operands = triangle_forward.choose_operand_tile(dim, hidden, dtype)
+                output = triangle_forward.choose_output_tile(dim, hidden, dtype)
+                assert hidden % operands.channels == dim % output.channels == 0
+                for tile, weights, values in (
+                    (operands, 2 * operands.channels * dim, operands.positions * dim),
+                    (output, output.channels * max(dim, hidden), output.positions * (dim + hidden)),
+                ):
+                    assert min(tile.positions, tile.channels) >= 16
+                    assert tile.is_resident or (weights + values) * dtype.itemsize <= 232448
+        with pytest.raises(ValueError, match="no tile of D = 8192, H = 16 .* fits into the shared"):
+            triangle_forward.choose_operand_tile(8192, 16, dtype)
 
     def test_output(self):
         tile = triangle_forward.choose_output_tile(128, 128, torch.bfloat16)

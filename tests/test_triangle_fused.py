@@ -170,7 +170,7 @@ class TestInterpreted:
         block, inputs = make_block(SMALL, params_dtype=torch.bfloat16), make_bf16(SMALL)
         calls = []
         project = __import__(
-            "transformer_engine_batched.kernels.triangle_forward", fromlist=["project_operands"]
+            "transformer_engine_batched.kernels.triangle", fromlist=["project_operands"]
         )
         with pytest.MonkeyPatch.context() as patch:
             original = project.project_operands

@@ -5,7 +5,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_triangle_project_emulated import EmulatedKernel, encode_tensor_map, folder
+from test_triangle_project_emulated import (
+    EmulatedKernel,
+    empty_strided,
+    encode_tensor_map,
+    folder,
+)
 from triangle_kernel_cases import VALUE_DB, Case, assert_near, find_expected, make_data
 
 from transformer_engine_batched.kernels import nvrtc, triangle_output, triangle_tiles
@@ -31,6 +36,7 @@ def emulation(folder, monkeypatch):  # pylint: disable=redefined-outer-name
 
     monkeypatch.setattr(triangle_output, "_get_kernel", get_kernel)
     monkeypatch.setattr(triangle_output, "encode_tensor_map", encode_tensor_map)
+    monkeypatch.setattr(triangle_output, "empty_strided", empty_strided)
     monkeypatch.setattr(triangle_tiles, "_IS_INTERPRETED", True)
     monkeypatch.setattr(triangle_tiles, "num_multiprocessors", lambda device_index: 3)
     torch.use_deterministic_algorithms(True)

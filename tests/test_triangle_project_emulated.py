@@ -28,7 +28,13 @@ from triangle_kernel_cases import (
     make_data,
 )
 
-from transformer_engine_batched.kernels import nvrtc, triangle_project, triangle_tiles
+from transformer_engine_batched.kernels import (
+    memory,
+    nvrtc,
+    triangle_project,
+    triangle_tiles,
+    turn_codes,
+)
 from transformer_engine_batched.kernels.triangle_project import (
     can_project,
     find_operand_amaxes,
@@ -87,6 +93,12 @@ def encode_tensor_map(address, sizes, strides, box):
     return struct.pack("<16Q", *words, *(0,) * (16 - len(words)))
 
 
+def empty_strided(shape, strides, dtype, device_index):
+    """Refuses what torch's allocation on a GPU refuses, `torch.Size` too."""
+    assert type(shape) is type(strides) is tuple and all(type(n) is int for n in shape + strides)
+    return memory.empty_strided(shape, strides, dtype, device_index)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulated")
@@ -102,6 +114,8 @@ def emulation(folder, monkeypatch):
         triangle_project, "_get_kernel", lambda *arguments: EmulatedKernel(folder, *arguments)
     )
     monkeypatch.setattr(triangle_project, "encode_tensor_map", encode_tensor_map)
+    for module in (triangle_project, turn_codes):
+        monkeypatch.setattr(module, "empty_strided", empty_strided)
     monkeypatch.setattr(triangle_tiles, "_IS_INTERPRETED", True)
     monkeypatch.setattr(triangle_tiles, "num_multiprocessors", lambda device_index: 3)
     torch.use_deterministic_algorithms(True)
@@ -133,6 +147,7 @@ def test_codes(case, mode):
         *inputs(data), mode=mode, fp8_dtype="e4m3", scales=scales, amaxes=amaxes
     )
     assert torch.equal(result.scale_invs, 1 / scales)
+    assert result.scale_invs.stride() == (4,)  # 16 bytes, for cuBLASLt
     for index, wanted in enumerate(expected[:2]):
         wanted = wanted if mode == "outgoing" else wanted.mT
         decoded = decode(cut_padding(result[index], case.n), "e4m3", result.scale_invs[index])

@@ -442,7 +442,9 @@ def _attention(results: Results) -> str:
 
 def _quantize_kernels(results: Results) -> str:
     """GB/s of the kernels in use and of TE's, E4M3, by shape."""
-    return _bandwidths(results, [r for r in results["rows"] if r["fp8"] == "e4m3" and "rows" not in r])
+    return _bandwidths(
+        results, [r for r in results["rows"] if r["fp8"] == "e4m3" and "rows" not in r]
+    )
 
 
 def _block_casts(results: Results) -> str:

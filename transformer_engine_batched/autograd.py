@@ -8,14 +8,14 @@ reads: FP8 codes, not the inputs. Must not know of modules and recipes; it is gi
 from __future__ import annotations
 
 from contextlib import ExitStack, nullcontext
-from typing import Callable, ContextManager, NamedTuple, Optional
+from typing import Callable, ContextManager, NamedTuple, Optional, Union
 
 import torch
 from torch.autograd import forward_ad
 
 from . import autotuning
 from .emulation import Emulation, current_emulation, emulate
-from .gemm import find_launch, multiply_codes
+from .gemm import multiply_codes
 from .memory_layout import Strides, arrange, find_layout
 from .operands import broadcast_shapes
 from .plan import current_sm_count
@@ -31,12 +31,14 @@ from .quantized_operand import (
 )
 from .te_interop import (
     HIGH_PRECISION_DTYPES,
+    Codes,
     Quantizer,
     cast_settings,
+    has_amax_reduction,
     is_quantized,
     logical_shape,
 )
-from .warm_product import WarmProduct
+from .warm_product import ALIGNMENT, SavedParts, WarmProduct
 
 
 class Quantization(NamedTuple):
@@ -89,17 +91,32 @@ class Forward(NamedTuple):
     ----------
     out : torch.Tensor
     tensors : tuple
-        Data and `scale_inv` of a along its rows, and of b along its last dim; None where no gradient needs it.
-    hollows : tuple
-        For a and for b, what puts `tensors` together again; None where no gradient needs it.
+        Data and `scale_inv` of a along its rows, and of b along its last dim; None where no gradient needs it. If
+        they need not be apart, maybe one tensor for all.
+    saved : SavedCopies or SavedParts
+        Puts `tensors` together again.
     operands : tuple
         Of a and of b, what `compute_gradients` takes.
+    product : WarmProduct, optional
+        What has made one tensor of them.
     """
 
     out: torch.Tensor
     tensors: tuple[Optional[torch.Tensor], ...]
-    hollows: tuple[Optional[tuple], Optional[tuple]]
+    saved: Union["SavedCopies", SavedParts]
     operands: tuple[tuple, tuple]
+    product: Optional[WarmProduct] = None
+
+
+class SavedCopies(NamedTuple):
+    """Copies without their tensors: rows and columns without padding, codes, whether they are transposed."""
+
+    a: Optional[tuple[int, int, Codes, bool]]
+    b: Optional[tuple[int, int, Codes, bool]]
+
+    def attach(self, tensors: tuple) -> tuple[Optional[tuple], Optional[tuple]]:
+        """What `compute_gradients` takes."""
+        return _attach_tensors(tensors[:2], self.a), _attach_tensors(tensors[2:], self.b)
 
 
 def _detach_tensors(copies: Copies, copy: Optional[Copy]) -> tuple[list, Optional[tuple]]:
@@ -111,7 +128,7 @@ def _detach_tensors(copies: Copies, copy: Optional[Copy]) -> tuple[list, Optiona
     return tensors, (copies.rows, copies.cols, hollow, copy.transposed)
 
 
-def _attach_tensors(tensors: list, hollow: Optional[tuple]) -> Optional[tuple[int, int, Copy]]:
+def _attach_tensors(tensors: tuple, hollow: Optional[tuple]) -> Optional[tuple[int, int, Copy]]:
     if hollow is None:
         return None
     rows, cols, codes, transposed = hollow
@@ -151,25 +168,21 @@ class _BatchedMatmul(torch.autograd.Function):
     ) -> torch.Tensor:
         # pylint: disable=missing-function-docstring
         needs_a, needs_b = ctx.needs_input_grad[:2]
-        out, tensors, ctx.hollows, ctx.operands = multiply(
-            a, b, out_dtype, quantization, needs_a, needs_b, out_strides
-        )
+        out, tensors, *kept = multiply(a, b, out_dtype, quantization, needs_a, needs_b, out_strides)
         ctx.save_for_backward(*tensors)
-        ctx.quantization = quantization
-        ctx.state = _current_state()
+        ctx.kept = (*kept, quantization, _current_state())
         return out
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor) -> tuple:
         # pylint: disable=missing-function-docstring
-        tensors = ctx.saved_tensors
-        a_saved = _attach_tensors(tensors[:2], ctx.hollows[0])
-        b_saved = _attach_tensors(tensors[2:], ctx.hollows[1])
-        arguments = (grad_output, a_saved, b_saved, ctx.operands, ctx.quantization)
-        with torch.no_grad(), _as_in_forward(ctx.state):
-            grads = compute_gradients(*arguments)
-            if ctx.quantization.after_backward is not None:
-                ctx.quantization.after_backward()
+        *kept, state = ctx.kept
+        arguments = (grad_output, ctx.saved_tensors, *kept)
+        if torch.is_grad_enabled() or state != _current_state():
+            with torch.no_grad(), _as_in_forward(state):
+                grads = _run_backward(*arguments)
+        else:
+            grads = _run_backward(*arguments)
         if torch.is_grad_enabled():
             # A second derivative must fail, not miss this part; torch's once_differentiable lets it pass
             # where grad_output needs no gradient.
@@ -183,6 +196,55 @@ class _BatchedMatmul(torch.autograd.Function):
 
 # `_BatchedMatmul.apply` without what torch.func needs around it.
 _apply = super(torch.autograd.Function, _BatchedMatmul).apply
+
+
+def _run_backward(
+    grad_output: torch.Tensor,
+    tensors: tuple[Optional[torch.Tensor], ...],
+    saved: Union[SavedCopies, SavedParts],
+    operands: tuple[tuple, tuple],
+    product: Optional[WarmProduct],
+    quantization: Quantization,
+) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """Both gradients, and what a recipe does after them."""
+    grads = _find_gradients(grad_output, tensors, saved, operands, product, quantization)
+    if quantization.after_backward is not None:
+        quantization.after_backward()
+    return grads
+
+
+def _find_gradients(
+    grad_output: torch.Tensor,
+    tensors: tuple[Optional[torch.Tensor], ...],
+    saved: Union[SavedCopies, SavedParts],
+    operands: tuple[tuple, tuple],
+    product: Optional[WarmProduct],
+    quantization: Quantization,
+) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor]]:
+    """`compute_gradients` of what forward saved, from one look-up where that is possible."""
+    if product is None or is_quantized(grad_output):
+        return compute_gradients(grad_output, *saved.attach(tensors), operands, quantization)
+    (memory,), quantizer = tensors, quantization.grad_output
+    if memory.data_ptr() % ALIGNMENT or not memory.is_contiguous():
+        # Hooks of saved tensors have moved it.
+        memory = memory.clone(memory_format=torch.contiguous_format)
+    device_index = memory.get_device()
+    splits = quantization.split_grad_a, quantization.split_grad_b
+    key = (
+        grad_output.shape, grad_output.stride(), grad_output.dtype, grad_output.data_ptr() % 16,
+        grad_output.get_device(), device_index, cast_settings(quantizer), splits, current_emulation(),
+        current_sm_count(device_index) if device_index >= 0 else 0,
+    )  # fmt: skip
+    gradients = product.gradients.get(key, _UNKNOWN)
+    if gradients is _UNKNOWN:
+        cast = find_quantize(grad_output, quantizer, saved.b is not None, saved.a is not None)
+        is_known = isinstance(cast, FusedCast) and not has_amax_reduction(quantizer)
+        gradients = product.find_gradients(
+            key, grad_output, cast if is_known else None, operands, splits
+        )
+    if gradients is None:
+        return compute_gradients(grad_output, *saved.attach((memory,)), operands, quantization)
+    return gradients(grad_output, memory, quantizer)
 
 
 def _describe(x: torch.Tensor) -> tuple[tuple[int, ...], torch.dtype, Optional[Strides]]:
@@ -199,30 +261,33 @@ def multiply(
     needs_a: bool,
     needs_b: bool,
     out_strides: Optional[Strides] = None,
+    *,
+    is_apart: bool = False,
 ) -> Forward:
-    """``a @ b``, and both operands with the copies that the gradients needed will read."""
-    key = None
+    """``a @ b``, and both operands with the copies that the gradients needed will read.
+
+    With `is_apart`, what is saved has a tensor of its own for codes and scales of each operand.
+    """
     if quantization.a is not None and not (is_quantized(a) or is_quantized(b)):
         device_index = a.get_device()
         key = (
             a.shape, a.stride(), a.dtype, a.data_ptr() % 16, device_index,
             b.shape, b.stride(), b.dtype, b.data_ptr() % 16, b.get_device(),
-            out_dtype, needs_a, needs_b,
+            out_dtype, needs_a, needs_b, is_apart,
             cast_settings(quantization.a), cast_settings(quantization.b), quantization.split_forward,
             current_emulation(), current_sm_count(device_index) if device_index >= 0 else 0,
         )  # fmt: skip
-        known = _warm_products.get(key)
+        known = _warm_products.get(key, _UNKNOWN)
+        if known is _UNKNOWN:
+            _check_contracted(a.shape, b.shape)
+            known = _find_product(key, a, b, out_dtype, quantization, (needs_a, needs_b), is_apart)
         if known is not None:
-            product, *described = known
-            return Forward(*product(a, b, quantization.a, quantization.b, out_strides), *described)
+            product, operands = known
+            out, tensors = product(a, b, quantization.a, quantization.b, out_strides)
+            return Forward(out, tensors, product.saved, operands, product)
     shape_a = logical_shape(a) if is_quantized(a) else a.shape
     shape_b = logical_shape(b) if is_quantized(b) else b.shape
-    # Padding of the codes would hide it.
-    if shape_a[-1] != shape_b[-2]:
-        raise ValueError(
-            f"operands a {list(shape_a)} and b {list(shape_b)}: the contracted sizes differ, {shape_a[-1]} of a "
-            f"and {shape_b[-2]} of b"
-        )
+    _check_contracted(shape_a, shape_b)
     if quantization.a is None:
         left, right = _keep(a), _keep(b)
     else:
@@ -237,47 +302,55 @@ def multiply(
     # Where both operands repeat an item, one product served for all of them.
     out_shape = (*broadcast_shapes(shape_a[:-2], shape_b[:-2]), left.rows, right.cols)
     out = arrange(product if product.shape == out_shape else product.expand(out_shape), out_strides)
-    if key is not None:
-        _remember_product(key, (a, b), (left, right), out, quantization, (needs_a, needs_b))
+    operands = _describe(a), _describe(b)
     a_tensors, a_hollow = _detach_tensors(left, left.along_rows if needs_b else None)
     b_tensors, b_hollow = _detach_tensors(right, right.along_last if needs_a else None)
-    operands = _describe(a), _describe(b)
-    return Forward(out, (*a_tensors, *b_tensors), (a_hollow, b_hollow), operands)
+    return Forward(out, (*a_tensors, *b_tensors), SavedCopies(a_hollow, b_hollow), operands)
 
 
-# Signature of a product -> (the product, hollows, operands). Cleared when full: ragged workloads see many shapes, few of
-# them again.
+def _check_contracted(shape_a: tuple[int, ...], shape_b: tuple[int, ...]) -> None:
+    """Padding of the codes would hide it."""
+    if shape_a[-1] != shape_b[-2]:
+        raise ValueError(
+            f"operands a {list(shape_a)} and b {list(shape_b)}: the contracted sizes differ, {shape_a[-1]} of a "
+            f"and {shape_b[-2]} of b"
+        )
+
+
+# Signature of a product -> the product, and what `Forward` has as operands; None for products that `WarmProduct` is not
+# for. Cleared when full: ragged workloads see many shapes, few of them again.
 _MAX_WARM_PRODUCTS = 4096
-_warm_products: dict[tuple, tuple[WarmProduct, tuple, tuple]] = {}
+_warm_products: dict[tuple, Optional[tuple[WarmProduct, tuple]]] = {}
+_UNKNOWN = object()
 
 
-def _remember_product(
+def _find_product(
     key: tuple,
-    operands: tuple[torch.Tensor, torch.Tensor],
-    copies: tuple[Copies, Copies],
-    out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out_dtype: torch.dtype,
     quantization: Quantization,
     needs: tuple[bool, bool],
-) -> None:
-    """Keeps the launches of a product for the next one of its signature, if two casts and a launch are all of it."""
-    (a, b), (left, right), (needs_a, needs_b) = operands, copies, needs
+    is_apart: bool,
+) -> Optional[tuple[WarmProduct, tuple]]:
+    """The product of this signature, if fused kernels quantize its operands; kept for the next one."""
+    if len(_warm_products) >= _MAX_WARM_PRODUCTS:
+        _warm_products.clear()
+    _warm_products[key] = None
+    if has_amax_reduction(quantization.a) or has_amax_reduction(quantization.b):
+        return None
+    if a.get_device() != b.get_device() or broadcast_shapes(a.shape[:-2], b.shape[:-2]) is None:
+        return None  # `gemm` says what is wrong
+    needs_a, needs_b = needs
     a_cast = find_quantize(a, quantization.a, True, needs_b)
     b_cast = find_quantize(b, quantization.b, needs_a, True)
     if not (isinstance(a_cast, FusedCast) and isinstance(b_cast, FusedCast)):
-        return
-    a_copy, b_copy = left.along_last, right.along_rows
-    launch = find_launch(
-        a_copy.codes, a_copy.transposed, b_copy.codes, b_copy.transposed, out.dtype,
-        quantization.split_forward,
-    )  # fmt: skip
-    hollows = (
-        _detach_tensors(left, left.along_rows if needs_b else None)[1],
-        _detach_tensors(right, right.along_last if needs_a else None)[1],
+        return None
+    product = WarmProduct(
+        a, b, (a_cast, b_cast), needs, out_dtype, quantization.split_forward, is_apart
     )
-    if len(_warm_products) >= _MAX_WARM_PRODUCTS:
-        _warm_products.clear()
-    product = WarmProduct(a_cast, b_cast, launch, tuple(out.shape))
-    _warm_products[key] = product, hollows, (_describe(a), _describe(b))
+    _warm_products[key] = product, (_describe(a), _describe(b))
+    return _warm_products[key]
 
 
 def compute_gradients(

@@ -197,8 +197,15 @@ def _view(
                 "it, or write the equation so that it is stored like that"
             )
         return x
-    return x.permute(dims).expand(shape).reshape(matrix)
+    # Each view is a step of backward, too, and takes the host longer than a small product takes the device.
+    if dims != tuple(range(len(dims))):
+        x = x.permute(dims)
+    if x.shape != shape:
+        x = x.expand(shape)
+    return x if shape == matrix else x.reshape(matrix)
 
 
 def _restore(out: torch.Tensor, plan: Contraction) -> torch.Tensor:
-    return out.view(plan.product_shape).permute(plan.output_dims).contiguous()
+    if out.shape != plan.product_shape:
+        out = out.view(plan.product_shape)
+    return out.permute(plan.output_dims).contiguous()

@@ -18,6 +18,7 @@ from . import emulation
 from .autograd import Quantization, _as_in_forward, compute_gradients, multiply
 from .emulation import Emulation, current_emulation
 from .quantized_operand import Copy, CopyLayout, describe_copy
+from .sharded_product import is_sharded
 from .te_interop import (
     HIGH_PRECISION_DTYPES,
     Codes,
@@ -67,6 +68,8 @@ def why_not_traceable(a: torch.Tensor, b: torch.Tensor) -> Optional[str]:
     """Why a product must run between two graphs, or None. Traceable itself."""
     if is_quantized(a) or is_quantized(b):
         return "operands that are quantized already are not traced"
+    if is_sharded(a) or is_sharded(b):
+        return "products of DTensors are not traced"
     if is_calibrating():
         return "calibration records amaxes"
     recipe = active_recipe()
@@ -138,7 +141,7 @@ def _matmul(
             f"the switch is {current_emulation()}: enter emulate() in the thread that calls the compiled function"
         )
     settings = _decode(quantization, (a_epsilon, b_epsilon, grad_epsilon), a.device)
-    forward = multiply(a.detach(), b.detach(), out_dtype, settings, needs_a, needs_b)
+    forward = multiply(a.detach(), b.detach(), out_dtype, settings, needs_a, needs_b, is_apart=True)
     saved = [] if quantization == _PLAIN else _select(forward.tensors, needs_a, needs_b)
     described = _describe_saved(a, b, quantization, needs_a, needs_b, emulated, force_reference)
     for layout, data, scale_inv in zip(described, saved[::2], saved[1::2]):

@@ -7,6 +7,7 @@ Input: torch tensors or TE quantized tensors. The arithmetic is `autograd`'s.
 
 from __future__ import annotations
 
+import functools
 from typing import Callable, Optional
 
 import torch
@@ -17,6 +18,7 @@ from .autograd import Quantization, differentiable_matmul
 from .errors import UnsupportedError
 from .gemm import bmm as multiply
 from .recipe_module import RecipeModule, check_recipe, is_stateless
+from .sharded_product import is_sharded, multiply_shards
 from .te_interop import (
     HIGH_PRECISION_DTYPES,
     Recipe,
@@ -59,8 +61,11 @@ class BatchedMatmul(RecipeModule):
     that NaN stays in the rows and columns that it touches.
 
     Double backward is not supported and raises. torch.compile keeps the product in its graph with recipes that
-    keep no state; with `DelayedScaling` and `CustomRecipe` it runs between two graphs. A plain CUDA graph leaves the update of gradients' scales to its owner, as with
-    TE's own modules; `te.make_graphed_callables` does it.
+    keep no state; with `DelayedScaling` and `CustomRecipe` it runs between two graphs. A plain CUDA graph leaves
+    the update of gradients' scales to its owner, as with TE's own modules; `te.make_graphed_callables` does it.
+
+    Two DTensors are multiplied shard by shard, without communication, if that is the product or a partial sum of
+    it; others are refused (docs/training.md has the table).
 
     TE updates the scales of all delayed-scaling modules of the process when a region ends.
 
@@ -84,7 +89,7 @@ class BatchedMatmul(RecipeModule):
         Parameters
         ----------
         a : torch.Tensor
-            ``[*batch, M, K]`` (or ``[K]``): FP32, FP16, BF16, or a TE quantized tensor.
+            ``[*batch, M, K]`` (or ``[K]``): FP32, FP16, BF16, or a TE quantized tensor. A `DTensor` if `b` is one.
         b : torch.Tensor
             ``[*batch, K, N]`` (or ``[K]``).
 
@@ -104,11 +109,13 @@ class BatchedMatmul(RecipeModule):
         return self._forward(a, b)
 
     def _forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        a, b, squeeze = _prepare_operands(a, b)
+        if is_sharded(a) or is_sharded(b):
+            return multiply_shards(self._forward, a, b)
+        a, b, dtype, squeeze = _prepare_operands(a, b)
         self._begin_forward(a)
         try:
             quantization = self._choose_quantization(a, b)
-            out = differentiable_matmul(a, b, _activation_dtype(a), quantization)
+            out = differentiable_matmul(a, b, dtype, quantization)
         finally:
             self._end_forward(a)
         return out if squeeze is None else squeeze(out)
@@ -131,7 +138,7 @@ def bmm(
     `a` is ``[*, M, K]``, `b` ``[*, K, N]``, the result ``[*, M, N]``; batch dims broadcast as in torch.matmul.
     Under `te.autocast` with a recipe that keeps no state, both operands are quantized first. Operands that
     are quantized already are multiplied as they are: `a` needs row-wise, `b` column-wise data. Under
-    torch.autocast, torch tensors are cast to its dtype first.
+    torch.autocast, torch tensors are cast to its dtype first. DTensors are multiplied as by `BatchedMatmul`.
 
     Parameters
     ----------
@@ -181,6 +188,15 @@ def _bmm(
     use_split_accumulator: bool,
     **options: object,
 ) -> torch.Tensor:
+    if is_sharded(a) or is_sharded(b):
+        if options:
+            raise UnsupportedError(
+                f"bmm of DTensors with {', '.join(sorted(options))}: apply them to the result"
+            )
+        multiply_local = functools.partial(
+            _bmm, out_dtype=out_dtype, use_split_accumulator=use_split_accumulator
+        )
+        return multiply_shards(multiply_local, a, b)
     recipe = active_recipe()
     needs_grad = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in (a, b))
     if recipe is None and not needs_grad:
@@ -193,7 +209,7 @@ def _bmm(
             + ("under te.autocast" if recipe is not None else "of operands that require grad")
             + ": these options are for products without either. Apply them to the result."
         )
-    a, b, squeeze = _prepare_operands(a, b)
+    a, b, dtype, squeeze = _prepare_operands(a, b)
     if recipe is not None:
         quantization = quantize_without_state(recipe, a.device, "bmm", "BatchedMatmul()")
     elif is_quantized(a) != is_quantized(b):
@@ -209,7 +225,7 @@ def _bmm(
         )
     else:
         quantization = Quantization()
-    out = differentiable_matmul(a, b, out_dtype or _activation_dtype(a), quantization)
+    out = differentiable_matmul(a, b, out_dtype or dtype, quantization)
     return out if squeeze is None else squeeze(out)
 
 
@@ -230,8 +246,8 @@ def quantize_without_state(
 def _multiply_in_graph(
     a: torch.Tensor, b: torch.Tensor, out_dtype: Optional[torch.dtype], recipe: Optional[Recipe]
 ) -> torch.Tensor:
-    a, b, squeeze = _prepare_operands(a, b)
-    out = compiled_product.differentiable_matmul(a, b, out_dtype or _activation_dtype(a), recipe)
+    a, b, dtype, squeeze = _prepare_operands(a, b)
+    out = compiled_product.differentiable_matmul(a, b, out_dtype or dtype, recipe)
     return out if squeeze is None else squeeze(out)
 
 
@@ -286,16 +302,17 @@ def check_operands(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torc
 
 
 def _prepare_operands(a: torch.Tensor, b: torch.Tensor):
-    """Operands of at least two dims in the dtype of torch.autocast, and what squeezes the result, if needed."""
+    """Operands of at least two dims in the dtype of torch.autocast, the result's dtype, and what squeezes it, if needed."""
     if _is_plain_matrix(a) and _is_plain_matrix(b) and not torch.is_autocast_enabled(a.device.type):
-        return a, b, None
+        return a, b, a.dtype, None
     a, b = check_operands(a, b)
+    dtype = _activation_dtype(a)
     for name, x in (("a", a), ("b", b)):
         if x.dim() == 0:
             raise ValueError(f"operand {name} is a scalar: expected at least 1 dim")
     is_a_vector, is_b_vector = a.dim() == 1, b.dim() == 1
     if not (is_a_vector or is_b_vector):
-        return a, b, None
+        return a, b, dtype, None
     if is_a_vector:
         a = a.unsqueeze(0)
     if is_b_vector:
@@ -308,4 +325,4 @@ def _prepare_operands(a: torch.Tensor, b: torch.Tensor):
             out = out.squeeze(-1 if is_b_vector else -2)
         return out
 
-    return a, b, squeeze
+    return a, b, dtype, squeeze

@@ -16,6 +16,7 @@ from typing import Callable, Iterator, Optional
 import torch
 
 from . import _C, autotuning
+from .kernels.memory import empty_strided
 from .native import to_native
 from .problem import Problem, element_bytes
 from .support import CPU, Device, scalar_scale_alignment
@@ -159,7 +160,7 @@ class CublasLtPlan:
         while True:
             size = self._workspace_bytes
             if size:
-                workspace = torch.empty(size, dtype=torch.uint8, device=d.device)
+                workspace = empty_strided((size,), (1,), torch.uint8, self._device_index)
                 address = workspace.data_ptr()
             needed = _C.matmul(self.native, *pointers, alpha, beta, address, size, stream)
             if not needed:

@@ -365,51 +365,44 @@ class FusedCast:
             else:
                 self.is_packed = True
                 stored = stored.contiguous()
-        self._dtype = quantizer_fp8_dtype(quantizer)
+        self.fp8_dtype = quantizer_fp8_dtype(quantizer)
         rule = {} if self.is_delayed else current_scaling_options(quantizer)
         self.cast = kernels.find_cast(
             stored,
-            self._dtype,
+            self.fp8_dtype,
             rowwise=rowwise,
             transposed=transposed,
             multiple=_FUSED_MULTIPLE,
             **rule,
         )
 
-    def write(
-        self, x: torch.Tensor, quantizer: Quantizer, amaxes: Optional[torch.Tensor] = None
-    ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
-        """Codes along the last dim, along the rows, and `scale_inv`; `amaxes` if they were found before."""
-        if self.is_packed:
-            x = _as_stored(x, self.is_flipped).contiguous()
-        # Else the kernel reads memory by the strides of what is stored, which begins where `x` does.
-        if self.is_delayed:
-            codes, turned, scale_inv = self.cast.with_scale(x, quantizer.scale, quantizer.amax)
-        else:
-            codes, turned, scale_inv = self.cast.with_own_scale(
-                x, current_scaling_group(quantizer), amaxes
-            )
-        if self.is_flipped:
-            return turned, codes, scale_inv
-        return codes, turned, scale_inv
+    def find_source(self, x: torch.Tensor) -> torch.Tensor:
+        """What the kernel reads: by the strides of what is stored, which begins where `x` does, or a packed copy."""
+        return _as_stored(x, self.is_flipped).contiguous() if self.is_packed else x
 
     def __call__(self, x: torch.Tensor, quantizer: Quantizer, name: str) -> Copies:
         # pylint: disable=unused-argument
-        along_last, along_rows, scale_inv = self.write(x, quantizer)
+        x = self.find_source(x)
+        if self.is_delayed:
+            codes, turned, scale_inv = self.cast.with_scale(x, quantizer.scale, quantizer.amax)
+        else:
+            codes, turned, scale_inv = self.cast.with_own_scale(x, current_scaling_group(quantizer))
+        if self.is_flipped:
+            codes, turned = turned, codes
         return Copies(
             self.rows,
             self.cols,
-            self.wrap(along_last, scale_inv, False),
-            self.wrap(along_rows, scale_inv, True),
+            self._wrap(codes, scale_inv, False),
+            self._wrap(turned, scale_inv, True),
         )
 
-    def wrap(
+    def _wrap(
         self, codes: Optional[torch.Tensor], scale_inv: Optional[torch.Tensor], is_along_rows: bool
     ) -> Optional[Copy]:
         """Codes as a copy: those along the rows are of the transposed matrix, also of a flipped operand."""
         if codes is None:
             return None
-        return Copy(Codes("float8", self._dtype, codes, scale_inv), is_along_rows)
+        return Copy(Codes("float8", self.fp8_dtype, codes, scale_inv), is_along_rows)
 
     @staticmethod
     def describe_copy(x: torch.Tensor, quantizer: Quantizer, is_along_last: bool) -> CopyLayout:

@@ -330,7 +330,13 @@ def cast_settings(quantizer: Quantizer) -> tuple:
     if isinstance(quantizer, (Float8Quantizer, MXFP8Quantizer)):
         return kind, int(quantizer.dtype)
     if isinstance(quantizer, Float8CurrentScalingQuantizer):
-        return kind, int(quantizer.dtype), quantizer.amax_epsilon, quantizer.force_pow_2_scales
+        return (
+            kind,
+            int(quantizer.dtype),
+            quantizer.amax_epsilon,
+            quantizer.force_pow_2_scales,
+            quantizer.with_amax_reduction,
+        )
     if isinstance(quantizer, Float8BlockQuantizer):
         return (
             kind,
@@ -355,6 +361,11 @@ def current_scaling_group(
 ) -> Optional[torch.distributed.ProcessGroup]:
     """The group that shares the amax of a current-scaling quantizer, if any."""
     return quantizer.amax_reduction_group if quantizer.with_amax_reduction else None
+
+
+def has_amax_reduction(quantizer: Quantizer) -> bool:
+    """Whether the amaxes of several ranks are one before anything is quantized."""
+    return isinstance(quantizer, Float8CurrentScalingQuantizer) and quantizer.with_amax_reduction
 
 
 def encode_quantizer(quantizer: Quantizer) -> tuple[str, float]:

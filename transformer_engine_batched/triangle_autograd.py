@@ -17,6 +17,7 @@ from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
+from torch.autograd import forward_ad
 
 from .autograd import Quantization, _as_in_forward, _current_state
 from .gemm import multiply_codes
@@ -68,11 +69,13 @@ def multiply_triangle(
     settings: Settings,
 ) -> torch.Tensor:
     """The triangle multiplicative update of `z` ``[B, N, N, D]``, with gradients."""
-    if not torch.is_grad_enabled():
-        # `needs_input_grad` does not know of no_grad, and would have codes made for a backward.
-        z = z.detach()
-        parameters = tuple(None if x is None else x.detach() for x in parameters)
-    return _TriangleMultiplication.apply(z, mask, settings, *parameters)
+    needs_graph = torch.is_grad_enabled() and any(
+        [x is not None and x.requires_grad for x in (z, *parameters)]
+    )
+    # Inside torch.func and forward-mode derivatives: refused, with or without gradients.
+    if needs_graph or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _TriangleMultiplication.apply(z, mask, settings, *parameters)
+    return _compute(z, mask, parameters, settings, needs_operands=False).out
 
 
 def saved_product(out: torch.Tensor) -> torch.Tensor:
@@ -102,45 +105,13 @@ class _TriangleMultiplication(torch.autograd.Function):
         *parameters: Optional[torch.Tensor],
     ) -> torch.Tensor:
         # pylint: disable=missing-function-docstring
-        from .kernels import triangle_forward  # Triton takes a second to import
-
         needs_z, needs_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         ctx.needs_operands = needs_z or any(needs_parameters[:_NUM_INPUT_PARAMETERS])
         ctx.settings = settings
         ctx.state = _current_state()
-        z = z.contiguous()
-        layers = _make_layers(parameters, settings)
-        is_quantized = settings.quantization.is_enabled
-        operands = triangle_forward.project_operands(
-            z,
-            layers.norm_in,
-            layers.projection,
-            mask,
-            mode=settings.mode,
-            kept=True,
-            # High-precision operands are read both ways as they are.
-            turned=is_quantized and ctx.needs_operands,
-            **_operand_options(z, mask, layers, settings),
-        )
-        left, right = _describe_operands(operands, operands.a, operands.b, settings)
-        # In the positions of c: a[i, k] b[j, k].
-        c = multiply_codes(
-            left, False, right, True, settings.dtype, settings.quantization.split_forward
-        )
-        size = z.shape[1]
-        saved = (None, None, None)
-        if ctx.needs_operands:
-            pair = (operands.a, operands.b)
-            if is_quantized:
-                pair = (operands.a_turned, operands.b_turned)
-            saved = (*pair, operands.scale_invs)
-        # Freed before the output is made.
-        del operands, left, right
-        out = triangle_forward.project_output(
-            c[..., :size, :size], z, layers.norm_in, layers.norm_out, layers.output
-        )
-        ctx.save_for_backward(z, mask, c, *saved, *parameters)
-        return out.to(settings.dtype)
+        found = _compute(z, mask, parameters, settings, ctx.needs_operands)
+        ctx.save_for_backward(found.z, mask, found.c, *found.operands, *parameters)
+        return found.out
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor) -> tuple:
@@ -159,6 +130,60 @@ class _TriangleMultiplication(torch.autograd.Function):
             )
             grads = node(*(None if g is None else g.requires_grad_() for g in grads))
         return (grads[0], None, None, *grads[1:])
+
+
+class _Forward(NamedTuple):
+    """What forward makes: the result, and what backward reads.
+
+    `operands` are a, b and the inverses of their scales, None where backward does not want them.
+    """
+
+    out: torch.Tensor
+    z: torch.Tensor
+    c: torch.Tensor
+    operands: tuple[Optional[torch.Tensor], ...]
+
+
+def _compute(
+    z: torch.Tensor,
+    mask: Optional[torch.Tensor],
+    parameters: tuple[Optional[torch.Tensor], ...],
+    settings: Settings,
+    needs_operands: bool,
+) -> _Forward:
+    from .kernels import triangle  # Triton takes a second to import
+
+    z = z.contiguous()
+    layers = _make_layers(parameters, settings)
+    is_quantized = settings.quantization.is_enabled
+    made = triangle.project_operands(
+        z,
+        layers.norm_in,
+        layers.projection,
+        mask,
+        mode=settings.mode,
+        kept=True,
+        # High-precision operands are read both ways as they are.
+        turned=is_quantized and needs_operands,
+        **_operand_options(z, mask, layers, settings),
+    )
+    left, right = _describe_operands(made, made.a, made.b, settings)
+    # In the positions of c: a[i, k] b[j, k].
+    c = multiply_codes(
+        left, False, right, True, settings.dtype, settings.quantization.split_forward
+    )
+    operands = (None, None, None)
+    if needs_operands:
+        pair = (made.a_turned, made.b_turned) if is_quantized else (made.a, made.b)
+        operands = (*pair, made.scale_invs)
+    # Freed before the output is made.
+    del made, left, right
+    size = z.shape[1]
+    inside = c if c.shape[-1] == size else c[..., :size, :size]
+    out = triangle.project_output(inside, z, layers.norm_in, layers.norm_out, layers.output)
+    if out.dtype is not settings.dtype:
+        out = out.to(settings.dtype)
+    return _Forward(out, z, c, operands)
 
 
 class _Layers(NamedTuple):
@@ -192,7 +217,7 @@ def _operand_options(
     z: torch.Tensor, mask: Optional[torch.Tensor], layers: _Layers, settings: Settings
 ) -> dict[str, object]:
     """What decides the scales of `a` and `b`."""
-    from .kernels import triangle_forward
+    from .kernels import triangle
 
     quantization = settings.quantization
     if not quantization.is_enabled:
@@ -205,7 +230,7 @@ def _operand_options(
             "scales": _as_pair(quantization.a.scale, quantization.b.scale),
             "amaxes": _as_pair(quantization.a.amax, quantization.b.amax),
         }
-    amaxes = triangle_forward.find_operand_amaxes(z, layers.norm_in, layers.projection, mask)
+    amaxes = triangle.find_operand_amaxes(z, layers.norm_in, layers.projection, mask)
     return {
         "fp8_dtype": quantizer_fp8_dtype(quantization.a),
         "amaxes": amaxes,
@@ -262,7 +287,7 @@ def _compute_gradients(
     ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
 ) -> tuple[Optional[torch.Tensor], ...]:
     """Gradients of z and of the parameters, None where not needed."""
-    from .kernels import triangle_backward
+    from .kernels import triangle
 
     settings = ctx.settings
     z, mask, c, a, b, scale_invs, *parameters = ctx.saved_tensors
@@ -270,16 +295,14 @@ def _compute_gradients(
     ctx.maybe_clear_saved_tensors()
     layers = _make_layers(parameters, settings)
     size = z.shape[1]
-    grad_c, grad_c_turned, grad_scale_inv, grad_x, norm_out, output = (
-        triangle_backward.output_backward(
-            grad_output,
-            c[..., :size, :size],
-            z,
-            layers.norm_in,
-            layers.norm_out,
-            layers.output,
-            **_gradient_options(settings.quantization.grad_output),
-        )
+    grad_c, grad_c_turned, grad_scale_inv, grad_x, norm_out, output = triangle.output_backward(
+        grad_output,
+        c[..., :size, :size],
+        z,
+        layers.norm_in,
+        layers.norm_out,
+        layers.output,
+        **_gradient_options(settings.quantization.grad_output),
     )
     del c
     grad_z, input_grads = None, (None,) * _NUM_INPUT_PARAMETERS
@@ -316,7 +339,7 @@ def _compute_gradients(
             quantization.split_grad_b,
         )
         del a, grad_c
-        inputs = triangle_backward.project_backward(
+        inputs = triangle.project_backward(
             grad_a[..., :size, :size],
             grad_b[..., :size, :size],
             z,

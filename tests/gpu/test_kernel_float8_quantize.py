@@ -74,7 +74,9 @@ def filled_memory():
 
 @pytest.mark.usefixtures("filled_memory")
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", ((3, 256, 512), (2, 389, 389), (2, 2, 40, 1000), (5, 1)))
+@pytest.mark.parametrize(
+    "shape", ((3, 256, 512), (2, 389, 389), (2, 2, 40, 1000), (5, 1), (1, 24), (2, 1, 1))
+)
 def test_layouts_and_tiles(use_tile, layout, shape):
     rowwise, transposed = layout
     for tile, dtype, multiple in (

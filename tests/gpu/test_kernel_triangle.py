@@ -52,7 +52,7 @@ def filled_memory():
 
 def scalars(*values: float) -> torch.Tensor:
     """float32 on the device."""
-    return torch.tensor(values, device="cuda")
+    return torch.tensor(values, dtype=torch.float32, device="cuda")
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -23,6 +23,7 @@ from triangle_reference import (
 
 import transformer_engine_batched as teb
 from transformer_engine_batched import triangle, triangle_bounds
+from transformer_engine_batched.kernels import triangle as kernels
 from transformer_engine_batched.triangle_autograd import saved_product
 
 BF16 = torch.bfloat16
@@ -163,6 +164,29 @@ def test_pipelines_and_emulation_agree(mode, arm):
     bound = 40 if recipe == "none" else 30
     assert overall_sqnr(outs["fused"], outs["composed"].double()) > bound
     assert overall_sqnr(outs["emulated"], outs["composed"].double()) > 40
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("mode", triangle.MODES)
+def test_kernels_in_cuda_and_in_triton_agree(mode, arm, monkeypatch):
+    """Sums in another order turn roundings of BF16, and a few codes with them."""
+    recipe, scaling = ARMS[arm]
+    results, modules = [], []
+    for forms in (kernels._CUDA_FORMS, {}):
+        FP8GlobalStateManager.reset()
+        monkeypatch.setattr(kernels, "_CUDA_FORMS", forms)
+        monkeypatch.setattr(kernels, "_found", {})
+        block, made = make_block(MIDDLE, mode, scaling=scaling), RECIPES[recipe]()
+        for _ in range(2):
+            result = run_block(block, make_cuda_inputs(MIDDLE), made)
+        results.append(result)
+        modules.append({function.__module__.split(".")[-1] for function in kernels._found.values()})
+    assert {"triangle_project", "triangle_output"} <= modules[0]
+    assert modules[1] == {"triangle_forward", "triangle_backward"}
+    bound = 40 if recipe == "none" else 30
+    for name in ("out", "c", "grad_z"):
+        mine, other = (getattr(result, name) for result in results)
+        assert overall_sqnr(mine, other.double()) > bound, name
 
 
 def test_scales_are_those_of_the_composed_pipeline():

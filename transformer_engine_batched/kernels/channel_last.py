@@ -456,8 +456,12 @@ def _cast_line(
         tl.store(targets, _encode(x, 1.0, E5M2), mask=mask)
 
 
-# The scalars of a recipe lie side by side in one tensor, so their alignment says nothing.
-@triton.jit(do_not_specialize_on_alignment=["scale_ptr", "amax_ptr", "scale_inv_ptr"])
+# The scalars of a recipe lie side by side in one tensor, so their alignment says nothing. Sizes are never constants: of a
+# size of 1 the compiler would know which codes are those of padding, and ptxas 12.8 loses one that several words share.
+@triton.jit(
+    do_not_specialize=["num_rows", "num_cols"],
+    do_not_specialize_on_alignment=["scale_ptr", "amax_ptr", "scale_inv_ptr"],
+)
 def _cast_kernel(
     x_ptr,
     codes_ptr,

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launcher import BoundLaunch
+from .launcher import BoundLaunch, Pointer
 from .memory import empty_strided
 
 _INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -307,6 +307,14 @@ class Cast:
         self, x: torch.Tensor, scale: torch.Tensor, amax: torch.Tensor
     ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
         """As `quantize_float8`."""
+        self.check_state(x, scale, amax)
+        if self.is_elsewhere():
+            with torch.cuda.device(self._device_index):
+                return self.with_scale(x, scale, amax)
+        return self._write(x, scale, amax)
+
+    def check_state(self, x: torch.Tensor, scale: torch.Tensor, amax: torch.Tensor) -> None:
+        """Raises a `ValueError` unless they are what `with_scale` takes."""
         for name, state in (("scale", scale), ("amax", amax)):
             if (
                 state.get_device() != self._device_index
@@ -317,32 +325,27 @@ class Cast:
                     f"`{name}` must be one float32 on {x.device}, where x is, and came as {state.dtype}, "
                     f"shape {tuple(state.shape)}, device {state.device}"
                 )
-        if self.is_elsewhere():
-            with torch.cuda.device(self._device_index):
-                return self.with_scale(x, scale, amax)
-        return self._write(x, scale, amax, self._casts[0])
 
     def with_own_scale(
         self,
         x: torch.Tensor,
         amax_reduction_group: Optional[torch.distributed.ProcessGroup] = None,
-        amaxes: Optional[torch.Tensor] = None,
     ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
-        """As `quantize_float8_current`; `amaxes` are those that an `AmaxPair` found."""
+        """As `quantize_float8_current`."""
         if self.is_elsewhere():
             with torch.cuda.device(self._device_index):
-                return self.with_own_scale(x, amax_reduction_group, amaxes)
+                return self.with_own_scale(x, amax_reduction_group)
+        amaxes = None
         if not self._is_empty:
-            if amaxes is None:
-                amaxes = self.allocate_amaxes()
-                self._find(x, amaxes, None, None)
+            amaxes = self.allocate_amaxes()
+            self.find_amaxes_to(x, amaxes)
             if amax_reduction_group is not None:
                 amax = amaxes.amax(0, keepdim=True)
                 torch.distributed.all_reduce(
                     amax, op=torch.distributed.ReduceOp.MAX, group=amax_reduction_group
                 )
                 amaxes.copy_(amax)
-        return self._write(x, None, amaxes, self._casts[1])
+        return self._write(x, None, amaxes)
 
     def is_elsewhere(self) -> bool:
         """Whether another device than that of the tensors is current."""
@@ -357,7 +360,6 @@ class Cast:
         x: torch.Tensor,
         scale: Optional[torch.Tensor],
         amax: Optional[torch.Tensor],
-        casts: tuple[tuple[Plan, BoundLaunch], ...],
     ) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
         """Allocates the outputs and launches the cast; without a `scale` it is computed from `amax`."""
         device_index = self._device_index
@@ -372,7 +374,38 @@ class Cast:
             )
             return codes, transposed, inverse
         scale_inv = empty_strided((1,), (1,), torch.float32, device_index)
-        for plan, launch in casts:
+        self.write_to(x, codes, transposed, scale, amax, scale_inv)
+        return codes, transposed, scale_inv
+
+    @property
+    def shapes(self) -> tuple[Optional[tuple[int, ...]], Optional[tuple[int, ...]]]:
+        """Of the codes and of the transposed ones; None of those that are not made."""
+        return tuple(None if x is None else tuple(x[0]) for x in (self._codes, self._transposed))
+
+    @property
+    def num_amaxes(self) -> int:
+        """Of parts of a tensor, as `find_amaxes_to` leaves them."""
+        return self._num_partials
+
+    def launches(self, is_delayed: bool) -> tuple[BoundLaunch, ...]:
+        """What `write_to` launches, with a scale or without."""
+        return tuple(launch for _, launch in self._casts[0 if is_delayed else 1])
+
+    def find_amaxes_to(self, x: torch.Tensor, amaxes: Pointer) -> None:
+        """Writes the largest magnitudes of parts of a tensor, `num_amaxes` floats."""
+        self._find(x, amaxes, None, None)
+
+    def write_to(
+        self,
+        x: torch.Tensor,
+        codes: Pointer,
+        transposed: Pointer,
+        scale: Optional[torch.Tensor],
+        amax: Pointer,
+        scale_inv: Pointer,
+    ) -> None:
+        """Launches the cast; without a `scale` it is computed from `amax`, which `find_amaxes_to` left."""
+        for plan, launch in self._casts[0 if scale is not None else 1]:
             launch(
                 x,
                 None if plan.rowwise_shape is None else codes,
@@ -381,7 +414,6 @@ class Cast:
                 amax,
                 scale_inv,
             )
-        return codes, transposed, scale_inv
 
 
 @lru_cache(maxsize=4096)
@@ -438,21 +470,16 @@ def _bind_search(x: Search, y: Search = _NO_SEARCH) -> BoundLaunch:
 
 
 class AmaxPair:
-    """Finds the amaxes of two tensors with one launch: ``find(x, y)``, for tensors of two casts."""
+    """Finds the amaxes of two tensors with one launch, for tensors of two casts."""
 
     def __init__(self, x: Cast, y: Cast) -> None:
-        self._casts = x, y
         self._launch = _bind_search(x.search, y.search)
 
-    def find(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `with_own_scale` of each of them takes."""
-        x_cast, y_cast = self._casts
-        if x_cast.is_elsewhere():
-            with torch.cuda.device(x.device):
-                return self.find(x, y)
-        x_amaxes, y_amaxes = x_cast.allocate_amaxes(), y_cast.allocate_amaxes()
+    def __call__(
+        self, x: torch.Tensor, x_amaxes: Pointer, y: torch.Tensor, y_amaxes: Pointer
+    ) -> None:
+        """As `Cast.find_amaxes_to` for each of them."""
         self._launch(x, x_amaxes, y, y_amaxes)
-        return x_amaxes, y_amaxes
 
 
 def _bind_cast(
@@ -762,9 +789,10 @@ def _amax_kernel(
         )  # fmt: skip
 
 
-# The scalars of a recipe lie side by side in one tensor, so their alignment says nothing.
-@triton.jit(do_not_specialize_on_alignment=["scale_ptr", "amax_ptr", "scale_inv_ptr"])
-def _cast_kernel(
+@triton.jit
+def _cast_tile(
+    program,
+    num_programs,
     x_ptr,
     codes_ptr,
     transposed_ptr,
@@ -784,12 +812,11 @@ def _cast_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """A program casts one tile. Without `scale_ptr` the scale comes from amaxes, which are only read."""
+    """Casts the tile of a program. Without `scale_ptr` the scale comes from amaxes, which are only read."""
     FP8_MAX: tl.constexpr = 57344.0 if E5M2 else 448.0
-    program = tl.program_id(0)
     if scale_ptr is None:
         # The end of x was read last and may still be in the L2 cache.
-        program = tl.num_programs(0) - 1 - program
+        program = num_programs - 1 - program
     item, first_row, first_col = _locate_tile(
         program, num_rows, num_cols, MULTIPLE, BLOCK_ROWS, BLOCK_COLS
     )
@@ -823,3 +850,33 @@ def _cast_kernel(
         _store(transposed_ptr + offset, tl.trans(codes), cols, rows, padded_cols, padded_rows, EVEN)
     if scale_ptr is not None:
         _raise_amax(amax_ptr, amax, tl.max(tl.abs(x)))
+
+
+# The scalars of a recipe lie side by side in one tensor, so their alignment says nothing.
+@triton.jit(do_not_specialize_on_alignment=["scale_ptr", "amax_ptr", "scale_inv_ptr"])
+def _cast_kernel(
+    x_ptr,
+    codes_ptr,
+    transposed_ptr,
+    scale_ptr,
+    amax_ptr,
+    scale_inv_ptr,
+    num_rows,
+    num_cols,
+    row_stride,
+    batch_stride,
+    amax_epsilon,
+    POWER_OF_2: tl.constexpr,
+    E5M2: tl.constexpr,
+    EVEN: tl.constexpr,
+    MULTIPLE: tl.constexpr,
+    NUM_PARTIALS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """A program casts one tile."""
+    _cast_tile(
+        tl.program_id(0), tl.num_programs(0), x_ptr, codes_ptr, transposed_ptr, scale_ptr, amax_ptr,
+        scale_inv_ptr, num_rows, num_cols, row_stride, batch_stride, amax_epsilon, POWER_OF_2, E5M2, EVEN,
+        MULTIPLE, NUM_PARTIALS, BLOCK_ROWS, BLOCK_COLS,
+    )  # fmt: skip

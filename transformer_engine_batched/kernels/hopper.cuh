@@ -76,6 +76,9 @@ __device__ __forceinline__ void arrive_after_copies(u32 barrier) {
 // All threads of a warpgroup; groups count from 0.
 __device__ __forceinline__ void sync_group(u32 group) { asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory"); }
 
+// All threads of two neighbouring warpgroups.
+__device__ __forceinline__ void sync_pair(u32 pair) { asm volatile("bar.sync %0, 256;" ::"r"(pair + 9) : "memory"); }
+
 // --- Copies
 
 // A box of a tensor map whose first element is (k, row, item); zeros where it lies outside.
@@ -106,10 +109,19 @@ __device__ __forceinline__ void copy_word(u32 target, const void* source, bool i
                : "memory");
 }
 
+// Brings the 128 bytes at an address into the L2 cache.
+__device__ __forceinline__ void prefetch_line(const void* source) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
+}
+
 __device__ __forceinline__ float load_shared(u32 address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
   return value;
+}
+
+__device__ __forceinline__ void load_shared(u32 address, float (&x)[2]) {
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x[0]), "=f"(x[1]) : "r"(address));
 }
 
 __device__ __forceinline__ void load_shared(u32 address, float (&x)[4]) {
@@ -125,8 +137,16 @@ __device__ __forceinline__ void load_shared(u32 address, u32 (&x)[4]) {
                : "memory");
 }
 
+__device__ __forceinline__ void load_shared(u32 address, u32 (&x)[2]) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x[0]), "=r"(x[1]) : "r"(address) : "memory");
+}
+
 __device__ __forceinline__ void store_shared(u32 address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 address, const u32 (&x)[2]) {
+  asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x[0]), "r"(x[1]) : "memory");
 }
 
 __device__ __forceinline__ void store_shared(u32 address, const u32 (&x)[4]) {
@@ -139,6 +159,29 @@ __device__ __forceinline__ void store_shared(u32 address, const u32 (&x)[4]) {
 __device__ __forceinline__ void store_matrices(u32 address, const u32 (&x)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]), "r"(x[1]),
                "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
+// The same, each matrix turned: x[i] holds elements 2 * (lane % 4) and the next of column lane / 4.
+__device__ __forceinline__ void store_turned_matrices(u32 address, const u32 (&x)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x[0]),
+               "r"(x[1]), "r"(x[2]), "r"(x[3])
+               : "memory");
+}
+
+// What `store_matrices` stores.
+__device__ __forceinline__ void load_matrices(u32 address, u32 (&x)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
+               : "memory");
+}
+
+// What `store_turned_matrices` stores.
+__device__ __forceinline__ void load_turned_matrices(u32 address, u32 (&x)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(address)
                : "memory");
 }
 
@@ -199,6 +242,12 @@ __device__ __forceinline__ u64 matrix_descriptor(u32 address) {
   return (u64(1) << 62) | (u64(1024 >> 4) << 32) | (u64(1) << 16) | ((address & 0x3FFFF) >> 4);
 }
 
+// The same, to be read turned: rows of 128 bytes are 64 neighbouring rows (of A or B) at one k; the next 64 are that many
+// bytes further on.
+__device__ __forceinline__ u64 turned_descriptor(u32 address, u32 panel_bytes) {
+  return (u64(1) << 62) | (u64(1024 >> 4) << 32) | (u64(panel_bytes >> 4) << 16) | ((address & 0x3FFFF) >> 4);
+}
+
 #define R4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define R16(d, i) R4(d, i), R4(d, i + 4), R4(d, i + 8), R4(d, i + 12)
 #define R32(d, i) R16(d, i), R16(d, i + 16)
@@ -245,6 +294,31 @@ __device__ __forceinline__ void multiply_bf16(float (&d)[32], u64 a, u64 b, int 
       : "l"(a), "l"(b), "r"(is_added), "n"(kIsTurned));
 }
 
+// 2 * kSize rows of B, each operand as it lies or turned: 16 rows of 64, see `turned_descriptor`.
+template <int kIsTurnedA, int kIsTurnedB, int kSize>
+__device__ __forceinline__ void multiply_bf16(float (&d)[kSize], u64 a, u64 b, int is_added) {
+  if constexpr (kSize == 32) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" T0_31
+        "}, %32, %33, p, 1, 1, %35, %36;\n}\n"
+        : R32(d, 0)
+        : "l"(a), "l"(b), "r"(is_added), "n"(kIsTurnedA), "n"(kIsTurnedB));
+  } else if constexpr (kSize == 4) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %6, 0;\nwgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, "
+        "%5, p, 1, 1, %7, %8;\n}\n"
+        : R4(d, 0)
+        : "l"(a), "l"(b), "r"(is_added), "n"(kIsTurnedA), "n"(kIsTurnedB));
+  } else {
+    static_assert(kSize == 64, "columns of a warpgroup");
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\nwgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" T0_31
+        ", " T32_63 "}, %64, %65, p, 1, 1, %67, %68;\n}\n"
+        : R32(d, 0), R32(d, 32)
+        : "l"(a), "l"(b), "r"(is_added), "n"(kIsTurnedA), "n"(kIsTurnedB));
+  }
+}
+
 // Tells the compiler that the registers change here, which it does not see.
 template <int kSize>
 __device__ __forceinline__ void pin_registers(float (&d)[kSize]) {
@@ -252,8 +326,16 @@ __device__ __forceinline__ void pin_registers(float (&d)[kSize]) {
   for (int i = 0; i < kSize; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
+// threadIdx.x, read anew: what is computed from it need not stay in registers.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+}
+
 // Keeps the compiler from computing a value anew later, where it is used.
 __device__ __forceinline__ void pin_value(u64& value) { asm volatile("" : "+l"(value)); }
+__device__ __forceinline__ void pin_value(u32& value) { asm volatile("" : "+r"(value)); }
 
 // Before a `multiply` whose registers were read or written by others.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

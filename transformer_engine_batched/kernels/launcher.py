@@ -8,12 +8,16 @@ caller that knows what its arguments specialize on launches the compiled kernel 
 
 from __future__ import annotations
 
-from typing import Hashable, Optional
+from typing import Callable, Hashable, Optional, Union
 
 import torch
 import triton
 
+from .memory import Address
+
 _MAX_KERNELS = 4096
+
+Pointer = Optional[Union[torch.Tensor, Address]]
 
 
 class BoundLaunch:
@@ -34,37 +38,57 @@ class BoundLaunch:
     def __init__(
         self, kernel: triton.JITFunction, num_programs: int, num_warps: int, constants: tuple
     ) -> None:
-        self._kernel = kernel
         self._num_programs = num_programs
         self._num_warps = num_warps
         self._constants = constants
+        self._kernel = kernel
         self._compiled: Optional[tuple] = None
 
-    def __call__(self, *tensors: Optional[torch.Tensor]) -> None:
-        """Launches on the current stream of the current device, where the tensors are."""
+    def __call__(self, *tensors: Pointer) -> None:
+        """Launches on the current stream of the current device, where the tensors are; the first must be one."""
         if self._compiled is None:
             compiled = self._kernel[(self._num_programs,)](
                 *tensors, *self._constants, num_warps=self._num_warps
             )
             if tensors[0].is_cuda:  # else interpreted
-                self._compiled = (compiled.run, compiled.function, compiled.packed_metadata)
+                self._compiled = _find_call(compiled)
             return
-        run, function, metadata = self._compiled
-        # Triton asks the driver about each tensor, but takes integers as they are. No hooks: those of
-        # profilers want metadata that only Triton's own call prepares.
+        run, settings = self._compiled
+        # Triton asks the driver about each tensor, but takes integers as they are.
         run(
             self._num_programs,
             1,
             1,
             torch._C._cuda_getCurrentRawStream(tensors[0].get_device()),
-            function,
-            metadata,
-            None,
-            None,
-            None,
+            *settings,
             *[None if x is None else x.data_ptr() for x in tensors],
             *self._constants,
         )
+
+    def beside(self, other: "BoundLaunch", kernel: triton.JITFunction) -> "BoundLaunch":
+        """A launch of a kernel that does the work of two.
+
+        It takes the pointers of both, then the number of programs and the constants of each.
+        """
+        numbers = (self._num_programs, *self._constants, other._num_programs, *other._constants)
+        return BoundLaunch(
+            kernel,
+            self._num_programs + other._num_programs,
+            max(self._num_warps, other._num_warps),
+            numbers,
+        )
+
+
+def _find_call(compiled: object) -> tuple[Callable, tuple]:
+    """What launches a compiled kernel, and its arguments between the stream and those of the kernel."""
+    # No hooks: those of profilers want metadata that only Triton's own call prepares.
+    metadata = (compiled.packed_metadata, None, None, None)
+    launcher = compiled.run
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return launcher, (compiled.function, *metadata)
+    # The C function, without a Python function around it that looks for memory to allocate.
+    options = (launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
+    return launcher.launch, (compiled.function, *options, *metadata)
 
 
 class Launcher:

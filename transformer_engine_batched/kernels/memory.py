@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Uninitialized tensors at a third of the host time of torch.empty. Must not import the package."""
+"""Memory on the device: uninitialized tensors at a third of the host time of torch.empty, and addresses.
+
+Must not import the package.
+"""
 
 from __future__ import annotations
 
@@ -26,3 +29,17 @@ def empty_strided(
         device = torch.device("cuda", device_index)
         return torch.empty_strided(shape, strides, dtype=dtype, device=device)
     return _empty_strided_cuda(shape, strides, dtype)
+
+
+class Address:
+    """Memory that a kernel takes for a tensor, a part of a larger one."""
+
+    __slots__ = ("dtype", "_address")
+
+    def __init__(self, dtype: torch.dtype, address: int) -> None:
+        self.dtype = dtype
+        self._address = address
+
+    def data_ptr(self) -> int:
+        """Where it begins."""
+        return self._address

@@ -67,24 +67,37 @@ def choose_operand_tile(dim: int, hidden: int, dtype: torch.dtype) -> Tile:
     BF16 at D = H = 128: the fastest of a sweep on an H200, `benchmarks/triangle_kernels.py`.
     """
     channels = tiles.largest_chunk(hidden, 64)
-    if dtype == torch.float32:
-        return Tile(32, min(channels, 32), 4, 2, 1, False)
     weights_bytes = 2 * hidden * dim * dtype.itemsize
-    if weights_bytes <= 65536 and dim <= 128:
+    if dtype != torch.float32 and weights_bytes <= 65536 and dim <= 128:
         return Tile(64, channels, 4, 2, 2, True)
-    return Tile(64, channels, 4, 2, 1, False)
+    tile = Tile(64, channels, 4, 2, 1, False)
+    if dtype == torch.float32:
+        tile = Tile(32, min(channels, 32), 4, 2, 1, False)
+    return tiles.fit_tile(
+        tile,
+        # Weights of p and g, and x.
+        lambda tile: (2 * tile.channels + tile.positions) * dim * dtype.itemsize,
+        f"D = {dim}, H = {hidden} in {dtype}",
+    )
 
 
 @lru_cache(maxsize=256)
 def choose_output_tile(dim: int, hidden: int, dtype: torch.dtype) -> Tile:
     """Tile of `project_output`; see `choose_operand_tile`."""
     channels = tiles.largest_chunk(dim, 64)
-    if dtype == torch.float32:
-        return Tile(32, min(channels, 32), 4, 2, 1, False)
     weights_bytes = dim * (dim + hidden) * dtype.itemsize
-    if weights_bytes <= 65536:
+    if dtype != torch.float32 and weights_bytes <= 65536:
         return Tile(64, tiles.largest_chunk(dim, 128), 4, 2, 1, True)
-    return Tile(64, channels, 4, 2, 1, False)
+    tile = Tile(64, channels, 4, 2, 1, False)
+    if dtype == torch.float32:
+        tile = Tile(32, min(channels, 32), 4, 2, 1, False)
+    return tiles.fit_tile(
+        tile,
+        # x, LN(c), and the weights of one of them.
+        lambda tile: (tile.positions * (dim + hidden) + tile.channels * max(dim, hidden))
+        * dtype.itemsize,
+        f"D = {dim}, H = {hidden} in {dtype}",
+    )
 
 
 def project_operands(
@@ -434,7 +447,10 @@ def _operands_kernel(
             if RESIDENT:
                 pairs = weights[block * NUM : (block + 1) * NUM]
             else:
-                pairs = load_pairs(p_weight_ptr, g_weight_ptr, first, CHANNELS, DIM, CHUNK)
+                # What depends on the tile (by a zero) stays in the loop: where nothing is written Triton would
+                # load the weights of all blocks before it, and they need not fit into shared memory.
+                row = first + tile // num_tiles
+                pairs = load_pairs(p_weight_ptr, g_weight_ptr, row, CHANNELS, DIM, CHUNK)
             both = tl.zeros((2 * CHANNELS, POSITIONS), tl.float32)
             for index in tl.static_range(NUM):
                 both = dot(pairs[index], tl.trans(xs[index]), both, PRECISION)

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import struct
 from functools import lru_cache
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 
 from . import triangle_tiles as tiles
+from .memory import empty_strided
 from .nvrtc import Kernel, encode_tensor_map
 from .triangle_forward import check_output
 from .triangle_tiles import GatedProjection, Norm
@@ -88,52 +89,105 @@ def project_output(
     TypeError, ValueError
         If dtypes, shapes or strides do not fit; `can_project` gives the reason beforehand.
     """
-    dim, hidden = check_output(c, z, norm_in, norm_out, output)
+    check_tensors(c, z, norm_in, norm_out, output)
+    return make_output(c, z, norm_in, norm_out, output)
+
+
+def check_tensors(
+    c: torch.Tensor, z: torch.Tensor, norm_in: Norm, norm_out: Norm, output: GatedProjection
+) -> None:
+    """Raises what `project_output` raises for tensors that do not fit."""
+    check_output(c, z, norm_in, norm_out, output)
     reason = can_project(c, z, norm_in, norm_out, output)
     if reason is not None:
         raise ValueError(f"{reason}; use triangle_forward")
-    out = torch.empty_like(z)
+
+
+class _Plan(NamedTuple):
+    """What the launches for tensors of one description share."""
+
+    kernel: Kernel
+    num_ctas: int
+    z_map: tuple  # all of `encode_tensor_map` but the address
+    c_map: tuple
+    numbers: bytes  # of the struct, behind its pointers
+
+
+def make_output(
+    c: torch.Tensor, z: torch.Tensor, norm_in: Norm, norm_out: Norm, output: GatedProjection
+) -> torch.Tensor:
+    """`project_output` of tensors that `check_tensors` has seen, or others like them."""
+    device_index = z.get_device()
+    out = empty_strided(tuple(z.shape), z.stride(), z.dtype, device_index)
     if not z.numel():
         return out
-    batch, size = z.shape[:2]
-    tiles_per_row = -(-size // _POSITIONS)
-    num_tiles = batch * size * tiles_per_row
-    z_map = encode_tensor_map(
-        z.data_ptr(),
-        (2 * dim, size, size, batch),
-        (2 * dim, 2 * size * dim, 2 * size * size * dim),
-        (128, _POSITIONS, 1, 1),
-    )
-    # The stride of a dim of size 1 may be anything.
-    strides = [2 * step if n > 1 else 16 for n, step in zip(c.shape[:3], c.stride()[:3])]
-    c_map = encode_tensor_map(
-        c.data_ptr(),
-        (2 * size, hidden, size, batch),
-        (strides[1], strides[2], strides[0]),
-        (128, hidden, 1, 1),
-    )
-    parameters = (*norm_in[:2], *norm_out[:2], *output[1::2])
-    pointers = (*parameters, *output[::2], out)
-    values = struct.pack(
-        "<9Q2f10i",
-        *(0 if x is None else x.data_ptr() for x in pointers),
+    weight_p, bias_p, weight_g, bias_g = output
+    parameters = (norm_in.weight, norm_in.bias, norm_out.weight, norm_out.bias, bias_p, bias_g)
+    plan = _make_plan(
+        z.shape,
+        c.shape[1],
+        c.stride(),
+        tuple([None if x is None else x.dtype for x in parameters]),
         norm_in.eps,
         norm_out.eps,
-        *(0 if x is None else _PARAMETER_TYPES[x.dtype] for x in parameters),
+        tiles.num_multiprocessors(device_index),
+    )
+    pointers = (*parameters, weight_p, weight_g, out)
+    parts = (
+        encode_tensor_map(z.data_ptr(), *plan.z_map),
+        encode_tensor_map(c.data_ptr(), *plan.c_map),
+        struct.pack("<9Q", *[0 if x is None else x.data_ptr() for x in pointers]),
+        plan.numbers,
+    )
+    plan.kernel.launch(plan.num_ctas, b"".join(parts), device_index)
+    return out
+
+
+@lru_cache(maxsize=4096)
+def _make_plan(
+    shape: tuple[int, ...],
+    hidden: int,
+    c_strides: tuple[int, ...],
+    types: tuple[Optional[torch.dtype], ...],
+    in_eps: float,
+    out_eps: float,
+    num_multiprocessors: int,
+) -> _Plan:
+    batch, size, _, dim = shape
+    tiles_per_row = -(-size // _POSITIONS)
+    num_tiles = batch * size * tiles_per_row
+    numbers = struct.pack(
+        "<2f10i",
+        in_eps,
+        out_eps,
+        *(0 if x is None else _PARAMETER_TYPES[x] for x in types),
         size,
         tiles_per_row,
         num_tiles,
         0,
     )
-    # Size of the struct: a multiple of its alignment, 64.
-    values += bytes(-len(values) % 64)
-    device_index = z.get_device()
-    has_bias = output.bias_p is not None or output.bias_g is not None
-    kernel = _get_kernel((("DIM", dim), ("HIDDEN", hidden), ("HAS_BIAS", int(has_bias))))
-    # Few tiles: one for each SM before one has two.
-    num_ctas = min(num_tiles, tiles.num_multiprocessors(device_index))
-    kernel.launch(num_ctas, z_map + c_map + values, device_index)
-    return out
+    # Size of the struct, with nine pointers: a multiple of its alignment, 64.
+    numbers += bytes(-(len(numbers) + 72) % 64)
+    # The stride of a dim of size 1 may be anything.
+    sizes = (batch, hidden, size)
+    strides = [2 * step if n > 1 else 16 for n, step in zip(sizes, c_strides)]
+    has_bias = int(types[4:] != (None, None))
+    return _Plan(
+        _get_kernel((("DIM", dim), ("HIDDEN", hidden), ("HAS_BIAS", has_bias))),
+        # Few tiles: one for each SM before one has two.
+        min(num_tiles, num_multiprocessors),
+        (
+            (2 * dim, size, size, batch),
+            (2 * dim, 2 * size * dim, 2 * size * size * dim),
+            (128, _POSITIONS, 1, 1),
+        ),
+        (
+            (2 * size, hidden, size, batch),
+            (strides[1], strides[2], strides[0]),
+            (128, hidden, 1, 1),
+        ),
+        numbers,
+    )
 
 
 def shared_bytes(dim: int, hidden: int) -> int:

@@ -78,7 +78,7 @@ struct Params {
   char* out;
   const float* scales;  // null: from amaxes
   float* amaxes;
-  float* scale_invs;
+  float* scale_invs;  // 16 bytes apart, as cuBLASLt wants them
   i64 mask_row_stride, mask_col_stride, mask_item_stride;
   float eps, amax_epsilon;
   int mask_type, norm_weight_type, norm_bias_type, p_bias_type, g_bias_type;  // 0: FP32, 1: BF16, 2: bytes
@@ -374,7 +374,7 @@ __device__ __forceinline__ void project_tiles(const Params& params, u32 shared, 
   epilogue.scale = 1;
   if (OUT_TYPE == E4M3 || OUT_TYPE == E5M2) {
     epilogue.scale = params.scales ? params.scales[side] : compute_scale(params, known_amax);
-    if (blockIdx.x == 0 && threadIdx.x % 128 == 0) params.scale_invs[side] = 1.0f / epilogue.scale;
+    if (blockIdx.x == 0 && threadIdx.x % 128 == 0) params.scale_invs[4 * side] = 1.0f / epilogue.scale;
   }
   float first[64], second[64];
   const u64 weights = matrix_descriptor(shared + side * (kBlocks * kBlockBytes));

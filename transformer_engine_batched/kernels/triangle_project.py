@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 import struct
 from functools import lru_cache
-from typing import Optional
+from typing import NamedTuple, Optional
 
 import torch
 
 from . import triangle_tiles as tiles
+from .memory import empty_strided
 from .nvrtc import Kernel, encode_tensor_map
 from .triangle_forward import Operands
 from .triangle_tiles import GatedProjection, Norm
@@ -118,7 +119,56 @@ def project_operands(
     >>> a.shape
     torch.Size([1, 64, 32, 32])
     """
-    _check(z, norm, projection, mask)
+    check_operands(z, norm, projection, mask)
+    return make_operands(
+        z, norm, projection, mask, mode=mode, fp8_dtype=fp8_dtype, scales=scales, amaxes=amaxes,
+        force_pow_2_scales=force_pow_2_scales, amax_epsilon=amax_epsilon, kept=kept, turned=turned,
+    )  # fmt: skip
+
+
+def find_operand_amaxes(
+    z: torch.Tensor, norm: Norm, projection: GatedProjection, mask: Optional[torch.Tensor]
+) -> torch.Tensor:
+    """float32 ``[2]``: largest magnitudes of a and b, for current scaling; see `project_operands`."""
+    check_operands(z, norm, projection, mask)
+    return make_amaxes(z, norm, projection, mask)
+
+
+def check_operands(
+    z: torch.Tensor, norm: Norm, projection: GatedProjection, mask: Optional[torch.Tensor]
+) -> None:
+    """Raises what `project_operands` and `find_operand_amaxes` raise for tensors that do not fit."""
+    tiles.check_z(z)
+    dim, rows = z.shape[3], projection.weight_p.shape[0]
+    tiles.check_norm("norm", norm, dim, z.device)
+    tiles.check_projection("projection", projection, (rows, dim), (rows, dim), z.device)
+    if mask is not None:
+        tiles.check_mask(mask, z)
+    reason = can_project(z, norm, projection, mask)
+    if reason is not None:
+        raise ValueError(f"{reason}; use triangle_forward")
+    if tiles.pad(z.shape[1]) ** 2 >= 1 << 31:
+        raise ValueError(
+            f"N = {z.shape[1]} is too large: positions of one item are counted in 32 bits"
+        )
+
+
+def make_operands(
+    z: torch.Tensor,
+    norm: Norm,
+    projection: GatedProjection,
+    mask: Optional[torch.Tensor],
+    *,
+    mode: str,
+    fp8_dtype: Optional[str] = None,
+    scales: Optional[torch.Tensor] = None,
+    amaxes: Optional[torch.Tensor] = None,
+    force_pow_2_scales: bool = False,
+    amax_epsilon: float = 0.0,
+    kept: bool = True,
+    turned: bool = False,
+) -> Operands:
+    """`project_operands` of tensors that `check_operands` has seen, or others like them."""
     if mode not in _MODES:
         raise ValueError(f'`mode` must be "outgoing" or "incoming" and came as {mode!r}')
     if fp8_dtype not in _OUT_TYPES:
@@ -132,38 +182,42 @@ def project_operands(
         raise ValueError("FP8 operands need `scales`, or `amaxes` to compute them from")
     if fp8_dtype is None and scales is not None:
         raise ValueError("`scales` came without fp8_dtype; operands that are not FP8 have none")
-    for name, state in (("scales", scales), ("amaxes", amaxes)):
-        tiles.check_state(name, state, 2, z.device)
+    tiles.check_state("scales", scales, 2, z.device)
+    tiles.check_state("amaxes", amaxes, 2, z.device)
     batch, size, _, _ = z.shape
-    hidden = projection.weight_p.shape[0] // 2
+    hidden, device_index = projection.weight_p.shape[0] // 2, z.get_device()
     padded = tiles.pad(size)
-    dtype = torch.bfloat16 if fp8_dtype is None else torch.uint8
-    both = torch.empty((2, batch, hidden, padded, padded), dtype=dtype, device=z.device)
+    both = empty_strided(
+        (2, batch, hidden, padded, padded),
+        (batch * hidden * padded * padded, hidden * padded * padded, padded * padded, padded, 1),
+        torch.bfloat16 if fp8_dtype is None else torch.uint8,
+        device_index,
+    )
     scale_invs = None
     if fp8_dtype is not None:
-        scale_invs = torch.empty(2, dtype=torch.float32, device=z.device)
-    if both.numel():
+        # Each at an address of 16 bytes, which cuBLASLt asks of a scale.
+        scale_invs = empty_strided((2,), (4,), torch.float32, device_index)
+    if z.numel():
         # The amax is found unless it is what the scale is computed from.
         raises = amaxes is not None and (scales is not None or fp8_dtype is None)
         outputs = (both, scales, amaxes, scale_invs)
-        options = (_OUT_TYPES[fp8_dtype], raises, force_pow_2_scales, amax_epsilon)
-        _launch(z, norm, projection, mask, mode, outputs, options)
+        options = (mode, _OUT_TYPES[fp8_dtype], raises, force_pow_2_scales, amax_epsilon)
+        _launch(z, norm, projection, mask, outputs, options)
     elif scale_invs is not None:
         scale_invs.fill_(1.0) if scales is None else torch.reciprocal(scales, out=scale_invs)
-    turned_both = turn_codes(both) if turned else (None, None)
-    a, b = both if kept else (None, None)
-    return Operands(a, b, turned_both[0], turned_both[1], scale_invs)
+    a_turned, b_turned = turn_codes(both).unbind() if turned else (None, None)
+    a, b = both.unbind() if kept else (None, None)
+    return Operands(a, b, a_turned, b_turned, scale_invs)
 
 
-def find_operand_amaxes(
+def make_amaxes(
     z: torch.Tensor, norm: Norm, projection: GatedProjection, mask: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """float32 ``[2]``: largest magnitudes of a and b, for current scaling; see `project_operands`."""
-    _check(z, norm, projection, mask)
+    """`find_operand_amaxes` of tensors that `check_operands` has seen, or others like them."""
     amaxes = torch.zeros(2, dtype=torch.float32, device=z.device)
     if z.numel():
-        outputs = (None, None, amaxes, None)
-        _launch(z, norm, projection, mask, "outgoing", outputs, ("NONE", True, False, 0.0))
+        options = ("outgoing", "NONE", True, False, 0.0)
+        _launch(z, norm, projection, mask, (None, None, amaxes, None), options)
     return amaxes
 
 
@@ -188,16 +242,14 @@ def _stage_bytes(dim: int) -> int:
     return _POSITIONS * (dim * 2 + 4) + 3 * 8
 
 
-def _check(
-    z: torch.Tensor, norm: Norm, projection: GatedProjection, mask: Optional[torch.Tensor]
-) -> None:
-    tiles.check_z(z)
-    dim, rows = z.shape[3], projection.weight_p.shape[0]
-    tiles.check_norm("norm", norm, dim, z.device)
-    tiles.check_projection("projection", projection, (rows, dim), (rows, dim), z.device)
-    reason = can_project(z, norm, projection, mask)
-    if reason is not None:
-        raise ValueError(f"{reason}; use triangle_forward")
+class _Plan(NamedTuple):
+    """What the launches for tensors of one description share."""
+
+    kernel: Kernel
+    num_ctas: int
+    z_map: tuple  # all of `encode_tensor_map` but the address
+    weight_map: tuple
+    numbers: bytes  # of the struct, behind its pointers
 
 
 def _launch(
@@ -205,25 +257,52 @@ def _launch(
     norm: Norm,
     projection: GatedProjection,
     mask: Optional[torch.Tensor],
-    mode: str,
     outputs: tuple[Optional[torch.Tensor], ...],
-    options: tuple[str, bool, bool, float],
+    options: tuple[str, str, bool, bool, float],
 ) -> None:
-    out_type, raises, force_pow_2_scales, amax_epsilon = options
-    if mask is not None:
-        mask = tiles.check_mask(mask, z)
-    batch, size, _, dim = z.shape
-    rows = projection.weight_p.shape[0]
+    if mask is not None and not mask.is_contiguous():
+        mask = mask.contiguous()
+    weight_p, bias_p, weight_g, bias_g = projection
+    pointers = (mask, norm.weight, norm.bias, bias_p, bias_g, *outputs)
+    device_index = z.get_device()
+    plan = _make_plan(
+        z.shape,
+        weight_p.shape[0],
+        tuple([None if x is None else x.dtype for x in pointers[:5]]),
+        norm.eps,
+        options,
+        tiles.num_multiprocessors(device_index),
+    )
+    parts = (
+        encode_tensor_map(z.data_ptr(), *plan.z_map),
+        encode_tensor_map(weight_p.data_ptr(), *plan.weight_map),
+        encode_tensor_map(weight_g.data_ptr(), *plan.weight_map),
+        struct.pack("<9Q", *[0 if x is None else x.data_ptr() for x in pointers]),
+        plan.numbers,
+    )
+    plan.kernel.launch(plan.num_ctas, b"".join(parts), device_index)
+
+
+@lru_cache(maxsize=4096)
+def _make_plan(
+    shape: tuple[int, ...],
+    rows: int,
+    types: tuple[Optional[torch.dtype], ...],
+    eps: float,
+    options: tuple[str, str, bool, bool, float],
+    num_multiprocessors: int,
+) -> _Plan:
+    mode, out_type, raises, force_pow_2_scales, amax_epsilon = options
+    batch, size, _, dim = shape
     padded = tiles.pad(size)
     num_tiles = batch * padded * padded // _POSITIONS
-    if padded * padded >= 1 << 31:
-        raise ValueError(f"N = {size} is too large: positions of one item are counted in 32 bits")
+    mask_type, *parameter_types = types
     definitions = (
         ("DIM", dim),
         ("HIDDEN", rows // 2),
         ("OUT_TYPE", out_type),
-        ("HAS_MASK", int(mask is not None)),
-        ("HAS_BIAS", int(projection.bias_p is not None or projection.bias_g is not None)),
+        ("HAS_MASK", int(mask_type is not None)),
+        ("HAS_BIAS", int(types[3:] != (None, None))),
         ("IS_EVEN", int(size == padded)),
         ("RAISES", int(raises)),
         ("NUM_STAGES", num_stages(dim, rows // 2)),
@@ -231,27 +310,15 @@ def _launch(
     steps = (dim, size * dim) if mode == "outgoing" else (size * dim, dim)
     # A box lies in one row of padded positions.
     box_positions = math.gcd(padded, _POSITIONS)
-    z_map = encode_tensor_map(
-        z.data_ptr(),
-        (2 * dim, size, size, batch),
-        (2 * steps[0], 2 * steps[1], 2 * size * size * dim),
-        (128, box_positions, 1, 1),
-    )
-    weight_maps = [
-        encode_tensor_map(x.data_ptr(), (2 * dim, rows, 1), (2 * dim, 2 * dim * rows), (128, 8, 1))
-        for x in projection[::2]
-    ]
-    parameters = (*norm[:2], *projection[1::2])
     mask_steps = (size, 1) if mode == "outgoing" else (1, size)
-    values = struct.pack(
-        "<9Q3q2f12i",
-        *(0 if x is None else x.data_ptr() for x in (mask, *parameters, *outputs)),
+    numbers = struct.pack(
+        "<3q2f12i",
         *mask_steps,
         size * size,
-        norm.eps,
+        eps,
         amax_epsilon,
-        0 if mask is None else _MASK_TYPES[mask.dtype],
-        *(0 if x is None else _PARAMETER_TYPES[x.dtype] for x in parameters),
+        0 if mask_type is None else _MASK_TYPES[mask_type],
+        *(0 if x is None else _PARAMETER_TYPES[x] for x in parameter_types),
         force_pow_2_scales,
         size,
         padded,
@@ -260,12 +327,19 @@ def _launch(
         box_positions,
         mode == "incoming" and padded % _POSITIONS == 0,
     )
-    # Size of the struct: a multiple of its alignment, 64.
-    values += bytes(-len(values) % 64)
-    device_index = z.get_device()
-    num_ctas = min(num_tiles, tiles.num_multiprocessors(device_index))
-    kernel = _get_kernel(definitions, shared_bytes(dim, rows // 2))
-    kernel.launch(num_ctas, b"".join((z_map, *weight_maps, values)), device_index)
+    # Size of the struct, with nine pointers: a multiple of its alignment, 64.
+    numbers += bytes(-(len(numbers) + 72) % 64)
+    return _Plan(
+        _get_kernel(definitions, shared_bytes(dim, rows // 2)),
+        min(num_tiles, num_multiprocessors),
+        (
+            (2 * dim, size, size, batch),
+            (2 * steps[0], 2 * steps[1], 2 * size * size * dim),
+            (128, box_positions, 1, 1),
+        ),
+        ((2 * dim, rows, 1), (2 * dim, 2 * dim * rows), (128, 8, 1)),
+        numbers,
+    )
 
 
 @lru_cache(maxsize=None)

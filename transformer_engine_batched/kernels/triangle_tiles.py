@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .float8_quantize import _IS_INTERPRETED
 from .launcher import BoundLaunch
+from .memory import empty_strided
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Matrices of positions are padded to a multiple of this: what FP8 products of cuBLASLt want, and 16 bytes of codes.
@@ -65,6 +66,43 @@ class Tile(NamedTuple):
     programs_per_multiprocessor: int
     num_stages: int
     is_resident: bool = False
+
+
+# Of a multiprocessor of Hopper, of which each program takes 1 KiB for itself and one has 227 KiB at the most.
+_SHARED_BYTES = 228 * 1024
+_MIN_TILE = 16
+
+
+def fit_tile(tile: Tile, count_bytes: Callable[[Tile], int], sizes: str) -> Tile:
+    """`tile`, or one with fewer positions, channels or programs that fits into shared memory.
+
+    Parameters
+    ----------
+    tile : Tile
+    count_bytes : callable
+        Shared memory that a program with a tile needs.
+    sizes : str
+        What the bytes come from, for the error.
+
+    Raises
+    ------
+    ValueError
+        If no tile fits.
+    """
+    while count_bytes(tile) + 1024 > _SHARED_BYTES:
+        if max(tile.positions, tile.channels) <= _MIN_TILE:
+            raise ValueError(
+                f"no tile of {sizes} fits into the shared memory of a multiprocessor: {count_bytes(tile)} bytes of "
+                f"{_SHARED_BYTES - 1024}; split the channels, or use torch's operations"
+            )
+        if tile.channels >= tile.positions:
+            tile = tile._replace(channels=tile.channels // 2)
+        else:
+            tile = tile._replace(positions=tile.positions // 2)
+    programs = _SHARED_BYTES // (count_bytes(tile) + 1024)
+    return tile._replace(
+        programs_per_multiprocessor=min(tile.programs_per_multiprocessor, programs)
+    )
 
 
 def pad(size: int) -> int:
@@ -215,12 +253,10 @@ def launch(
     Registers are limited to what `programs_per_multiprocessor` programs at a time leave to each thread.
     """
     device_index = tensors[0].get_device()
-    description = tuple(
-        None if x is None else (x.dtype, x.data_ptr() % MULTIPLE == 0) for x in tensors
-    )
+    description = [None if x is None else (x.dtype, x.data_ptr() % MULTIPLE == 0) for x in tensors]
     key = (
-        kernel, num_programs, num_warps, programs_per_multiprocessor, constants, description,
-        device_index,
+        kernel, num_programs, num_warps, programs_per_multiprocessor, constants, device_index,
+        *description,
     )  # fmt: skip
     bound = _launches.get(key)
     if bound is None:
@@ -230,7 +266,7 @@ def launch(
         if device_index >= 0 and max_registers < _MAX_REGISTERS:
             kernel = _CappedKernel(kernel, max_registers)
         bound = _launches[key] = BoundLaunch(kernel, num_programs, num_warps, constants)
-    if device_index >= 0 and device_index != torch.cuda.current_device():
+    if device_index >= 0 and device_index != torch._C._cuda_getDevice():
         with torch.cuda.device(device_index):
             bound(*tensors)
     else:
@@ -252,7 +288,7 @@ def launch_tile(
 def sum_partials(partials: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Sum over the first dim of float32 ``[P, n]``, in a fixed order, as ``[n]`` of a dtype."""
     num_partials, size = partials.shape
-    total = torch.empty(size, dtype=dtype, device=partials.device)
+    total = empty_strided((size,), (1,), dtype, partials.get_device())
     block = 128
     launch(
         _sum_kernel, triton.cdiv(size, block), 4, (partials, total), (num_partials, size, 16, block)
@@ -270,11 +306,17 @@ def cast_sums(
     if not dtypes:
         return (None,) * len(parameters)
     total = sum_partials(sums, dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    parts = total.split([math.prod(shape) for shape in shapes])
-    return tuple(
-        None if x is None else part.view(shape).to(x.dtype)
-        for x, part, shape in zip(parameters, parts, shapes)
-    )
+    parts, first = [], 0
+    for x, shape in zip(parameters, shapes):
+        part = None
+        if x is not None:
+            strides = (shape[1], 1) if len(shape) == 2 else (1,)
+            part = total.as_strided(shape, strides, first)
+            if part.dtype is not x.dtype:
+                part = part.to(x.dtype)
+        parts.append(part)
+        first += math.prod(shape)
+    return tuple(parts)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .memory import empty_strided
 from .triangle_tiles import launch
 
 _ROWS, _COLS, _NUM_WARPS = 128, 128, 8
@@ -45,7 +46,12 @@ def turn_codes(codes: torch.Tensor) -> torch.Tensor:
             f"{codes.dtype}, shape {tuple(codes.shape)}, stride {codes.stride()}"
         )
     rows, cols = codes.shape[-2:]
-    turned = torch.empty((*codes.shape[:-2], cols, rows), dtype=torch.uint8, device=codes.device)
+    turned = empty_strided(
+        (*codes.shape[:-2], cols, rows),
+        (*codes.stride()[:-2], rows, 1),
+        torch.uint8,
+        codes.get_device(),
+    )
     if codes.numel():
         num_items = codes.numel() // (rows * cols)
         num_tiles = triton.cdiv(rows, _ROWS) * triton.cdiv(cols, _COLS)

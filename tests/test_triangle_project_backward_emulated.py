@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernel of the operands' backward on a CPU, as test_triangle_project_emulated.py has that of the operands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cuda.bindings import nvrtc as compiler
+from test_triangle_project_emulated import EmulatedKernel, encode_tensor_map, folder
+from triangle_kernel_cases import VALUE_DB, Case, assert_all_near, assert_near, make_data
+from triangle_operand_gradients import find_operand_gradients
+
+from transformer_engine_batched.kernels import nvrtc, triangle_project_backward, triangle_tiles
+from transformer_engine_batched.kernels.triangle_project_backward import (
+    can_project_backward,
+    project_backward,
+    shared_bytes,
+)
+from transformer_engine_batched.kernels.triangle_tiles import GatedProjection, Norm
+
+BF16 = torch.bfloat16
+SMALL = Case(1, 17, 64, 64, BF16)
+SOURCE = "triangle_project_backward.cu"
+__all__ = ["folder"]
+
+
+@pytest.fixture(autouse=True)
+def emulation(folder, monkeypatch):  # pylint: disable=redefined-outer-name
+    """The kernel on the CPU; new outputs hold NaN, so that what is not written shows."""
+    header = "triangle.cuh"
+    source = Path(nvrtc.__file__).with_name(header).read_text(encoding="utf-8")
+    (folder / header).write_text(source, encoding="utf-8")
+
+    def get_kernel(definitions):
+        size = shared_bytes(dict(definitions)["DIM"])
+        return EmulatedKernel(folder, definitions, size, SOURCE, "project_backward")
+
+    monkeypatch.setattr(triangle_project_backward, "_get_kernel", get_kernel)
+    monkeypatch.setattr(triangle_project_backward, "encode_tensor_map", encode_tensor_map)
+    monkeypatch.setattr(triangle_tiles, "_IS_INTERPRETED", True)
+    monkeypatch.setattr(triangle_tiles, "num_multiprocessors", lambda device_index: 3)
+    monkeypatch.setattr(
+        triangle_tiles, "sum_partials", lambda partials, dtype: partials.sum(0).to(dtype)
+    )
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def inputs(data):
+    return data.grad_a, data.grad_b, data.z, data.norm_in, data.projection, data.mask
+
+
+@pytest.mark.parametrize(
+    "case, has_grad_x",
+    (
+        (SMALL, True),
+        (SMALL, False),
+        (Case(2, 17, 128, 128, BF16), True),
+        (Case(1, 20, 128, 128, BF16, mask="bool"), False),
+        (Case(1, 70, 64, 64, BF16, has_bias=False, mask=None), True),
+        (Case(1, 17, 64, 192, BF16), True),
+        (Case(1, 20, 128, 64, BF16, has_bias=False), True),
+        (Case(3, 1, 64, 128, BF16), True),
+    ),
+)
+def test_values(case, has_grad_x):
+    data = make_data(case)
+    grad_x = data.grad_out.clone() if has_grad_x else None
+    expected = find_operand_gradients(data, grad_x)
+    found = project_backward(*inputs(data), grad_x)
+    assert grad_x is None or found.z.data_ptr() == grad_x.data_ptr()
+    assert_near(found.z, expected.z, VALUE_DB[BF16], "z")
+    assert_all_near(found.norm[:2], expected.norm, VALUE_DB[BF16], "norm")
+    assert_all_near(found.projection, expected.projection, VALUE_DB[BF16], "projection")
+
+
+def test_large_mean():
+    """The variance is that of deviations from the mean, not a difference of large sums."""
+    data = make_data(SMALL)
+    data.z[:] = data.z / 2 + 64
+    expected, found = find_operand_gradients(data, None), project_backward(*inputs(data))
+    assert_near(found.z, expected.z, VALUE_DB[BF16], "z")
+    assert_all_near(found.projection, expected.projection, VALUE_DB[BF16], "projection")
+
+
+def test_padding_is_not_read():
+    """Beyond the last position rows of the operands' gradients may hold anything."""
+    data = make_data(SMALL)
+    expected = project_backward(*inputs(data))
+    grads = []
+    for grad in inputs(data)[:2]:
+        padded = torch.full((1, 64, 32, 32), float("nan"), dtype=BF16)
+        padded[:, :, :17, :17] = grad
+        grads.append(padded[:, :, :17, :17])
+    found = project_backward(*grads, *inputs(data)[2:])
+    assert torch.equal(found.z, expected.z)
+    assert all(map(torch.equal, found.projection, expected.projection))
+
+
+def test_not_finite():
+    """NaN at a position stays there in the gradient of z."""
+    data = make_data(SMALL._replace(mask=None))
+    data.grad_b[0, 7, 3, 5] = float("nan")
+    found = project_backward(*inputs(data))
+    assert found.z[0, 3, 5].isnan().all() and found.z.isnan().sum() == 64
+    assert (
+        found.projection.weight_p[71].isnan().all()
+        and found.projection.weight_p[7].isfinite().all()
+    )
+
+
+def test_empty():
+    data = make_data(SMALL)
+    found = project_backward(
+        data.grad_a[:0], data.grad_b[:0], data.z[:0], data.norm_in, data.projection, None
+    )
+    assert found.z.shape == (0, 17, 17, 64)
+    assert not any(x.any() for x in (*found.norm[:2], *found.projection))
+
+
+class TestRefusals:
+    """Reasons and error texts."""
+
+    @pytest.mark.parametrize(
+        "case, match",
+        [
+            (Case(1, 4, 64, 64), "grad_a must be BF16 and came as torch.float32"),
+            (Case(1, 4, 96, 64, BF16), "D must be 64 or 128 .* came as 96 and 64"),
+            (Case(1, 4, 64, 48, BF16), "H a multiple of 64; they came as 64 and 48"),
+        ],
+    )
+    def test_sizes(self, case, match):
+        with pytest.raises(ValueError, match=match + ".*use triangle_backward"):
+            project_backward(*inputs(make_data(case)))
+
+    def test_parameters(self):
+        data = make_data(SMALL)
+        assert can_project_backward(*inputs(data)) is None
+        grad_a, grad_b, z, norm, projection, mask = inputs(data)
+        half = Norm(norm.weight.half(), None)
+        reason = can_project_backward(grad_a, grad_b, z, half, projection, mask)
+        assert "norm.weight must be FP32 or BF16" in reason
+        biased = GatedProjection(*projection[:3], projection.bias_g.half())
+        reason = can_project_backward(grad_a, grad_b, z, norm, biased, mask)
+        assert "projection.bias_g must be FP32 or BF16" in reason
+        reason = can_project_backward(grad_a, grad_b, z, norm, projection, mask.half())
+        assert "mask must be FP32, BF16" in reason
+        shifted = torch.zeros(z.numel() + 1, dtype=BF16)[1:].view(z.shape)
+        reason = can_project_backward(grad_a, grad_b, z, norm, projection, mask, shifted)
+        assert "grad_x must begin at a multiple" in reason
+        odd = grad_b.contiguous()
+        reason = can_project_backward(grad_a, odd, z, norm, projection, mask)
+        assert "rows of grad_b must begin at multiples of 16 bytes" in reason
+
+    def test_shapes(self):
+        data = make_data(SMALL)
+        grad_a, grad_b, *others = inputs(data)
+        with pytest.raises(ValueError, match="`grad_b` must be .* as `grad_a`"):
+            project_backward(grad_a, grad_b.repeat(1, 2, 1, 1), *others)
+        with pytest.raises(TypeError, match="`grad_x` must be torch.bfloat16 as z"):
+            project_backward(grad_a, grad_b, *others, torch.zeros(data.z.shape))
+
+
+@pytest.mark.parametrize("dim, has_bias", ((64, 1), (128, 0), (128, 1)))
+@pytest.mark.parametrize("is_last", (0, 1))
+def test_products_overlap(dim, has_bias, is_last):
+    """It compiles for the GPU, and ptxas says of no products (C7510, C7512, C7514) that they wait for each other."""
+    definitions = {"DIM": dim, "HAS_BIAS": has_bias, "HAS_GRAD": 1, "IS_LAST": is_last}
+    options = [*nvrtc._OPTIONS, b"--ptxas-options=-v"]
+    options += [f"-D{name}={value}".encode() for name, value in definitions.items()]
+    headers = nvrtc._read_headers()
+    names, texts = ([x.encode() for x in values] for values in (headers, headers.values()))
+    source = nvrtc._read_source(SOURCE).encode()
+    _, program = compiler.nvrtcCreateProgram(source, SOURCE.encode(), len(texts), texts, names)
+    (status,) = compiler.nvrtcCompileProgram(program, len(options), options)
+    _, size = compiler.nvrtcGetProgramLogSize(program)
+    log = bytearray(size)
+    compiler.nvrtcGetProgramLog(program, log)
+    compiler.nvrtcDestroyProgram(program)
+    text = log.decode(errors="replace")
+    assert status == compiler.nvrtcResult.NVRTC_SUCCESS and "registers" in text, text
+    assert "C75" not in text, text

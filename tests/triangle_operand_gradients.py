@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""FP64 gradients of the triangle's operands alone, for tests of their backward. As triangle_kernel_cases.py otherwise."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from triangle_kernel_cases import Data
+
+
+class OperandGradients(NamedTuple):
+    """Of z, of LN_in's weight and bias, of Wp, bp, Wg and bg."""
+
+    z: torch.Tensor
+    norm: tuple
+    projection: tuple
+
+
+def find_operand_gradients(data: Data, grad_x: Optional[torch.Tensor]) -> OperandGradients:
+    """From grad_a, grad_b and a further gradient of ``x = LN_in(z)``, by autograd."""
+
+    def leaf(x: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        return None if x is None else x.detach().double().requires_grad_()
+
+    z, norm, projection = leaf(data.z), *(
+        tuple(map(leaf, values)) for values in (data.norm_in[:2], data.projection)
+    )
+    functional = torch.nn.functional
+    x = functional.layer_norm(z, z.shape[-1:], *norm, data.norm_in.eps)
+    operands = (
+        functional.linear(x, *projection[:2]) * functional.linear(x, *projection[2:]).sigmoid()
+    )
+    if data.mask is not None:
+        operands = operands * data.mask.double()[..., None]
+    grads = torch.cat((data.grad_a, data.grad_b), 1).permute(0, 2, 3, 1)
+    loss = (operands * grads.double()).sum()
+    if grad_x is not None:
+        loss = loss + (x * grad_x.double()).sum()
+    loss.backward()
+    found = (tuple(None if x is None else x.grad for x in values) for values in (norm, projection))
+    return OperandGradients(z.grad, *found)
