@@ -29,7 +29,7 @@ help:
 	@echo "make lint       black, and clang-format where it is installed"
 	@echo "make clean      removes .venv and everything built"
 	@echo
-	@echo "ARGS='...'      further arguments, such as: make test ARGS='-k plan -x'"
+	@echo "ARGS='...'      further arguments, such as: make test ARGS='-k plan -x', or ARGS='-n 0 --pdb' for one process"
 	@echo "VENV=folder     the environment, .venv unless given"
 	@echo "PYTHON=python   for gpu-test, gpu-bench, build, lint: use this Python as it is; it has torch"
 	@echo "                and Transformer Engine. For demo and test: make the environment with it."
@@ -46,7 +46,7 @@ demo: setup
 	$(VENV_PYTHON) examples/demo.py $(ARGS)
 
 test: setup
-	$(VENV_PYTHON) -m pytest tests --ignore=tests/gpu $(ARGS)
+	$(VENV_PYTHON) -m pytest tests --ignore=tests/gpu -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 gpu-test: $(READY)
 	$(RUN) -m pytest tests/gpu $(ARGS)

@@ -33,7 +33,7 @@ import transformer_engine.pytorch as te
 
 from benchmarks import stored_results
 from benchmarks.timing import CudaClock, describe_error, interleave, time_host
-from transformer_engine_batched.kernels import float8_quantize
+from transformer_engine_batched.kernels import float8_quantize, tensor_amax
 from transformer_engine_batched.kernels.float8_quantize import Tile
 from transformer_engine_batched.kernels.launcher import BoundLaunch
 from transformer_engine_batched.reference import codes as fp8_codes
@@ -67,8 +67,8 @@ def list_tiles(name: str) -> list[Tile]:
 
 def make_call(x: torch.Tensor, name: str, tile: Tile | None, fp8_dtype: str) -> Callable[..., Any]:
     """A cast by delayed scaling with one tile (the table's if None), or a search of the amax."""
-    for function in ("_make_plan", "_make_amax_plan"):
-        getattr(float8_quantize, function).cache_clear()
+    float8_quantize._make_plan.cache_clear()
+    tensor_amax.make_amax_plan.cache_clear()
     layouts = (*LAYOUTS.get(name, (True, True)), 16)
     with mock.patch.dict(float8_quantize.TILES, {} if tile is None else {name: tile}):
         cast = float8_quantize.Cast(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import assert_accurate
-from block_data import make_block_operand, make_block_sides, numbers
+from block_data import make_block_operand, make_block_sides
 
 import transformer_engine_batched as teb
 from transformer_engine_batched import gemm, support

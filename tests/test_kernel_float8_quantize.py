@@ -15,7 +15,7 @@ import torch
 import triton
 from expected_codes import LAYOUTS, TORCH_FP8, assert_codes, special_values
 
-from transformer_engine_batched.kernels import float8_quantize
+from transformer_engine_batched.kernels import float8_quantize, tensor_amax
 from transformer_engine_batched.kernels.float8_quantize import (
     Tile,
     can_quantize,
@@ -30,8 +30,10 @@ IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def forget_plans():
     """After this, plans are made with the tiles of now."""
-    for function in ("_make_plan", "_make_amax_plan", "_make_cast"):
-        getattr(float8_quantize, function).cache_clear()
+    for function in (
+        float8_quantize._make_plan, float8_quantize._make_cast, tensor_amax.make_amax_plan
+    ):  # fmt: skip
+        function.cache_clear()
 
 
 class TestPlan:
@@ -178,7 +180,7 @@ class TestCompiled:
             E5M2=is_e5m2,
             EVEN=is_even,
             MULTIPLE=16,
-            NUM_PARTIALS=float8_quantize.MAX_PARTIALS if "scale_ptr" in missing else 1,
+            NUM_PARTIALS=tensor_amax.MAX_PARTIALS if "scale_ptr" in missing else 1,
             BLOCK_ROWS=tile.rows,
             BLOCK_COLS=tile.cols,
         )
@@ -201,7 +203,7 @@ class TestCompiled:
             "BLOCK_COLS": tile.cols,
         }
         kernel = self.compile(
-            float8_quantize._amax_kernel,
+            tensor_amax._amax_kernel,
             tile,
             missing=() if is_pair else ("y_ptr", "y_amaxes_ptr"),
             **{f"{name}_{key}": value for name in "XY" for key, value in constants.items()},
@@ -424,7 +426,7 @@ class TestInterpreted:
             float8_quantize.find_cast(z, "e4m3", rowwise=True, transposed=True) for z in (x, y)
         ]
         x_amaxes, y_amaxes = (cast.allocate_amaxes() for cast in casts)
-        float8_quantize.AmaxPair(*casts)(x, x_amaxes, y, y_amaxes)
+        tensor_amax.AmaxPair(*(cast.search for cast in casts))(x, x_amaxes, y, y_amaxes)
         for z, cast, found in zip((x, y), casts, (x_amaxes, y_amaxes)):
             assert torch.equal(found.amax(0, keepdim=True), quantizers.tensor_amax(z))
             codes, turned, scale_inv = (torch.empty_like(t) for t in cast.with_own_scale(z))

@@ -43,7 +43,6 @@ from transformer_engine.common.recipe import (
     Float8CurrentScaling,
     Format,
     MMParams,
-    MXFP8BlockScaling,
 )
 from transformer_engine.pytorch import distributed
 from transformer_engine.pytorch.quantization import FP8GlobalStateManager

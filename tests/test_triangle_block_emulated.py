@@ -50,7 +50,7 @@ def emulation(folder, monkeypatch):  # pylint: disable=redefined-outer-name
         monkeypatch.setattr(module, "_get_kernel", get_kernel)
         monkeypatch.setattr(module, "encode_tensor_map", encode_tensor_map)
     monkeypatch.setattr(triangle_project, "turn_codes", lambda x: x.mT.contiguous())
-    monkeypatch.setattr(triangle_tiles, "_IS_INTERPRETED", True)
+    monkeypatch.setattr(triangle_tiles, "IS_INTERPRETED", True)
     monkeypatch.setattr(triangle_tiles, "num_multiprocessors", lambda device_index: 3)
     monkeypatch.setattr(triangle, "_found", {})
     monkeypatch.setattr(triangle, "_TRITON_FORMS", {})

@@ -33,7 +33,7 @@ def kernels(monkeypatch):
     """CPU tensors count as those of a Hopper GPU; forms say which they are, and what they were given."""
     monkeypatch.setattr(triangle, "_found", {})
     monkeypatch.setattr(triangle, "_runs_cuda_forms", lambda device_index: True)
-    monkeypatch.setattr(triangle_tiles, "_IS_INTERPRETED", True)
+    monkeypatch.setattr(triangle_tiles, "IS_INTERPRETED", True)
     triton = {name: lambda *a, **k: ("triton", a, k) for name in FUNCTIONS}
     assert triton.keys() == triangle._TRITON_FORMS.keys()
     monkeypatch.setattr(triangle, "_TRITON_FORMS", triton)

@@ -64,7 +64,7 @@ def emulation(folder, monkeypatch):  # pylint: disable=redefined-outer-name
     monkeypatch.setattr(triangle_output_backward, "encode_tensor_map", encode_tensor_map)
     monkeypatch.setattr(triangle_output_backward, "empty_strided", empty_strided)
     monkeypatch.setattr(triangle_output_backward, "turn_codes", lambda codes: codes.mT.contiguous())
-    monkeypatch.setattr(triangle_tiles, "_IS_INTERPRETED", True)
+    monkeypatch.setattr(triangle_tiles, "IS_INTERPRETED", True)
     monkeypatch.setattr(triangle_tiles, "num_multiprocessors", lambda device_index: 3)
     monkeypatch.setattr(triangle_tiles, "sum_partials", lambda sums, dtype: sums.sum(0).to(dtype))
     torch.use_deterministic_algorithms(True)

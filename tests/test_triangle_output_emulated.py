@@ -37,7 +37,7 @@ def emulation(folder, monkeypatch):  # pylint: disable=redefined-outer-name
     monkeypatch.setattr(triangle_output, "_get_kernel", get_kernel)
     monkeypatch.setattr(triangle_output, "encode_tensor_map", encode_tensor_map)
     monkeypatch.setattr(triangle_output, "empty_strided", empty_strided)
-    monkeypatch.setattr(triangle_tiles, "_IS_INTERPRETED", True)
+    monkeypatch.setattr(triangle_tiles, "IS_INTERPRETED", True)
     monkeypatch.setattr(triangle_tiles, "num_multiprocessors", lambda device_index: 3)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

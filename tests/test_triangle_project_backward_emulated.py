@@ -39,7 +39,7 @@ def emulation(folder, monkeypatch):  # pylint: disable=redefined-outer-name
 
     monkeypatch.setattr(triangle_project_backward, "_get_kernel", get_kernel)
     monkeypatch.setattr(triangle_project_backward, "encode_tensor_map", encode_tensor_map)
-    monkeypatch.setattr(triangle_tiles, "_IS_INTERPRETED", True)
+    monkeypatch.setattr(triangle_tiles, "IS_INTERPRETED", True)
     monkeypatch.setattr(triangle_tiles, "num_multiprocessors", lambda device_index: 3)
     monkeypatch.setattr(
         triangle_tiles, "sum_partials", lambda partials, dtype: partials.sum(0).to(dtype)

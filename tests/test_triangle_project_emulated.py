@@ -116,7 +116,7 @@ def emulation(folder, monkeypatch):
     monkeypatch.setattr(triangle_project, "encode_tensor_map", encode_tensor_map)
     for module in (triangle_project, turn_codes):
         monkeypatch.setattr(module, "empty_strided", empty_strided)
-    monkeypatch.setattr(triangle_tiles, "_IS_INTERPRETED", True)
+    monkeypatch.setattr(triangle_tiles, "IS_INTERPRETED", True)
     monkeypatch.setattr(triangle_tiles, "num_multiprocessors", lambda device_index: 3)
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

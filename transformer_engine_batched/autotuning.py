@@ -14,7 +14,7 @@ import os
 from contextlib import contextmanager
 from contextvars import ContextVar
 from statistics import median
-from typing import Iterator, Optional, Union
+from typing import Iterator, Union
 
 import torch
 

@@ -23,7 +23,7 @@ from .operands import round_up
 from .plan import describe_device
 from .quantize import quantize
 from .reference.product import TORCH_DTYPES
-from .support import find_native_engine, find_native_quantizer, supports_non_tn
+from .support import find_native_quantizer, supports_non_tn
 from .te_interop import (
     HIGH_PRECISION_DTYPES,
     Codes,

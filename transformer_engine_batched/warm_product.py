@@ -273,11 +273,11 @@ class WarmProduct:
     def _find_pairs(self) -> None:
         # Triton takes a second to import, and only a GPU needs it
         from .kernels.cast_pair import CastPair, can_pair
-        from .kernels.float8_quantize import AmaxPair
+        from .kernels.tensor_amax import AmaxPair
 
         casts = self._a.cast, self._b.cast
         if not self._a.is_delayed:
-            self._search = AmaxPair(*casts)
+            self._search = AmaxPair(*(cast.search for cast in casts))
         if can_pair(*casts):
             self._pair = CastPair(*casts, self._a.is_delayed)
 

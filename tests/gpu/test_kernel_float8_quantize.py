@@ -9,7 +9,7 @@ from expected_codes import LAYOUTS, TORCH_FP8, assert_codes, special_values
 from products import FP8
 from transformer_engine.pytorch import Float8CurrentScalingQuantizer, Float8Quantizer
 
-from transformer_engine_batched.kernels import float8_quantize
+from transformer_engine_batched.kernels import float8_quantize, tensor_amax
 from transformer_engine_batched.kernels.float8_quantize import (
     Tile,
     quantize_float8,
@@ -40,8 +40,10 @@ def use_tile(monkeypatch):
         forget()
 
     def forget():
-        for function in ("_make_plan", "_make_amax_plan", "_make_cast"):
-            getattr(float8_quantize, function).cache_clear()
+        for function in (
+            float8_quantize._make_plan, float8_quantize._make_cast, tensor_amax.make_amax_plan
+        ):  # fmt: skip
+            function.cache_clear()
 
     yield use
     forget()

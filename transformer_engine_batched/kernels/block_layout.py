@@ -7,7 +7,7 @@ Pure integers. Must not import the package, torch or Triton.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 BLOCK = 128
 # Bytes between rows of codes: what a bulk copy of the GEMM's operands asks for.

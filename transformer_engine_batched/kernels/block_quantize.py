@@ -22,12 +22,9 @@ import triton
 import triton.language as tl
 
 from .block_layout import BLOCK, Layout, lay_out
-from .float8_quantize import _encode, _load, _read_strides
+from .float8_codes import FORMATS, INPUT_DTYPES, IS_INTERPRETED, encode
 from .launcher import Launcher
-
-_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FORMATS = ("e4m3", "e5m2")
-_IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
+from .matrix_tiles import load_tile, read_strides
 
 
 class Tile(NamedTuple):
@@ -96,10 +93,10 @@ def can_quantize(x: torch.Tensor) -> bool:
     merge into one stride. False also for a tensor that is not on a CUDA device.
     """
     return (
-        (x.is_cuda or _IS_INTERPRETED)
-        and x.dtype in _INPUT_DTYPES
+        (x.is_cuda or IS_INTERPRETED)
+        and x.dtype in INPUT_DTYPES
         and x.ndim >= 2
-        and (x.numel() == 0 or _read_strides(x.shape, x.stride()) is not None)
+        and (x.numel() == 0 or read_strides(x.shape, x.stride()) is not None)
     )
 
 
@@ -166,7 +163,7 @@ def quantize_blocks(
     >>> codes.shape, scale_inv.shape, scale_inv[0, 0, 0].item()
     (torch.Size([2, 256, 200]), torch.Size([2, 256, 2]), 0.0078125)
     """
-    if fp8_dtype not in _FORMATS:
+    if fp8_dtype not in FORMATS:
         raise ValueError(f'fp8_dtype must be "e4m3" or "e5m2" and came as {fp8_dtype!r}')
     description = (x.shape, x.stride(), x.dtype, x.is_cuda)
     rule = (fp8_dtype, amax_epsilon, power_of_two)
@@ -187,11 +184,11 @@ def _make_plan(
 ) -> Plan:
     """Checks a tensor's description and prepares its launch; `tile` overrules the table."""
     came = f"{dtype}, shape {tuple(shape)}, stride {tuple(strides)}"
-    if dtype not in _INPUT_DTYPES:
+    if dtype not in INPUT_DTYPES:
         raise TypeError(
             f"the FP8 kernel reads float32, bfloat16 or float16 and x came as {came}; convert it first"
         )
-    if not (is_cuda or _IS_INTERPRETED):
+    if not (is_cuda or IS_INTERPRETED):
         raise ValueError(f"the FP8 kernel reads CUDA tensors and x came as {came} on the CPU")
     if len(shape) < 2:
         raise ValueError(f"the FP8 kernel needs a matrix, [*batch, R, C], and x came as {came}")
@@ -215,7 +212,7 @@ def _make_plan(
     )
     if math.prod(shape) == 0:
         return plan
-    read = _read_strides(shape, strides)
+    read = read_strides(shape, strides)
     if read is None:
         raise ValueError(
             "the FP8 kernel reads a contiguous last dim and batch dims that merge into one stride, "
@@ -349,7 +346,7 @@ def _quantize_kernel(
     block = tile % tiles_per_row
     rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     cols = block * 128 + tl.arange(0, 128)
-    x = _load(x_ptr + item * batch_stride, rows, cols, num_rows, num_cols, row_stride, EVEN)
+    x = load_tile(x_ptr + item * batch_stride, rows, cols, num_rows, num_cols, row_stride, EVEN)
     values = x.to(tl.float32)
     if codes_ptr is not None:
         codes_ptr += item * codes_item
@@ -363,25 +360,25 @@ def _quantize_kernel(
         scale = _scale_of(tl.max(tl.abs(values)), amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
         scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
         if codes_ptr is not None:
-            codes = _encode(values, scale, E5M2)
+            codes = encode(values, scale, E5M2)
             _store_codes(codes_ptr, codes, rows, cols, num_rows, num_cols, codes_row, EVEN)
             tl.store(scales_ptr + row_tile.to(tl.int64) * scales_row, scale_inv)
         if turned_ptr is not None:
-            turned = tl.trans(_encode(values, scale, E5M2))
+            turned = tl.trans(encode(values, scale, E5M2))
             _store_codes(turned_ptr, turned, cols, rows, num_cols, num_rows, turned_row, EVEN)
             tl.store(turned_scales_ptr + block.to(tl.int64) * turned_scales_row, scale_inv)
     else:
         if codes_ptr is not None:
             amax = tl.max(tl.abs(values), axis=1)
             scale = _scale_of(amax, amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
-            codes = _encode(values, scale[:, None], E5M2)
+            codes = encode(values, scale[:, None], E5M2)
             _store_codes(codes_ptr, codes, rows, cols, num_rows, num_cols, codes_row, EVEN)
             _store_scales(scales_ptr, scale, rows, num_rows, scales_row, EVEN)
         if turned_ptr is not None:
             tl.static_assert(BLOCK_ROWS == 128)
             amax = tl.max(tl.abs(values), axis=0)
             scale = _scale_of(amax, amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
-            turned = tl.trans(_encode(values, scale[None, :], E5M2))
+            turned = tl.trans(encode(values, scale[None, :], E5M2))
             _store_codes(turned_ptr, turned, cols, rows, num_cols, num_rows, turned_row, EVEN)
             _store_scales(turned_scales_ptr, scale, cols, num_cols, turned_scales_row, EVEN)
 
@@ -400,7 +397,7 @@ class _Limited:
 @lru_cache(maxsize=None)
 def _launch_kernel(tile: Tile) -> Launcher:
     """The launcher of the kernel that a tile names."""
-    if _IS_INTERPRETED or not tile.is_explicit:
+    if IS_INTERPRETED or not tile.is_explicit:
         return Launcher(_Limited(_quantize_kernel, tile.max_registers))
     from .block_quantize_gluon import quantize_kernel  # Gluon has no interpreter
 

@@ -21,8 +21,18 @@ import triton
 import triton.language as tl
 
 from . import float8_quantize
-from .float8_quantize import _compute_scale, _encode, _load_amax, _raise_amax
+from .float8_codes import (
+    FORMATS,
+    INPUT_DTYPES,
+    IS_INTERPRETED,
+    compute_scale,
+    encode,
+    load_amax,
+    raise_amax,
+)
 from .launcher import BoundLaunch
+from .matrix_tiles import read_strides
+from .tensor_amax import bind_search, plan_search
 
 
 class Batch(NamedTuple):
@@ -93,8 +103,8 @@ def can_quantize(x: torch.Tensor) -> bool:
     (True, False)
     """
     return (
-        (x.is_cuda or float8_quantize._IS_INTERPRETED)
-        and x.dtype in float8_quantize._INPUT_DTYPES
+        (x.is_cuda or IS_INTERPRETED)
+        and x.dtype in INPUT_DTYPES
         and _describe(x.shape, x.stride()) is not None
     )
 
@@ -197,15 +207,15 @@ class Cast(float8_quantize.Cast):
         layouts: tuple[bool, bool, int],
         scale_rule: tuple[float, bool],
     ) -> None:
-        if fp8_dtype not in float8_quantize._FORMATS:
+        if fp8_dtype not in FORMATS:
             raise ValueError(f'fp8_dtype must be "e4m3" or "e5m2" and came as {fp8_dtype!r}')
         plan = _make_plan(shape, strides, dtype, device_index >= 0, *layouts)
         self._device_index = device_index
         self._is_empty = False
         self._codes = float8_quantize._describe(plan.rowwise_shape)
         self._transposed = float8_quantize._describe(plan.transposed_shape)
-        self.search = float8_quantize._plan_search(*_by_stride(shape, strides))
-        self._find = float8_quantize._bind_search(self.search)
+        self.search = plan_search(*_by_stride(shape, strides))
+        self._find = bind_search(self.search)
         self._num_partials = self.search.num_programs
         self._casts = [
             ((plan, _bind_cast(plan, scale_rule, fp8_dtype == "e5m2", num_partials)),)
@@ -266,7 +276,7 @@ def _describe(
         num_items *= size
     if channels is None or len(others) > 2:
         return None
-    if float8_quantize._read_strides(*_by_stride(shape, strides)) is None:
+    if read_strides(*_by_stride(shape, strides)) is None:
         return None
     inner, outer = (*others, Batch(1, 0, 0), Batch(1, 0, 0))[:2]
     return channels, outer, inner
@@ -292,11 +302,11 @@ def _make_plan(
 ) -> Plan:
     """Checks a tensor's description and prepares its launch; `tile` overrules the choice."""
     came = f"{dtype}, shape {tuple(shape)}, stride {tuple(strides)}"
-    if dtype not in float8_quantize._INPUT_DTYPES:
+    if dtype not in INPUT_DTYPES:
         raise TypeError(
             f"the FP8 kernel reads float32, bfloat16 or float16 and x came as {came}; convert it first"
         )
-    if not (is_cuda or float8_quantize._IS_INTERPRETED):
+    if not (is_cuda or IS_INTERPRETED):
         raise ValueError(f"the FP8 kernel reads CUDA tensors and x came as {came} on the CPU")
     if not (rowwise or transposed):
         raise ValueError("neither rowwise nor transposed codes were asked for; ask for one of them")
@@ -422,8 +432,8 @@ def _cast_line(
 
     # After the load, which then is under way while the scale is computed.
     if scale_ptr is None:
-        amax = _load_amax(amax_ptr, NUM_PARTIALS)
-        scale = _compute_scale(amax, amax_epsilon, FP8_MAX, POWER_OF_2)
+        amax = load_amax(amax_ptr, NUM_PARTIALS)
+        scale = compute_scale(amax, amax_epsilon, FP8_MAX, POWER_OF_2)
     else:
         amax = tl.load(amax_ptr)
         scale = tl.load(scale_ptr)
@@ -443,17 +453,17 @@ def _cast_line(
         )
     x = x.to(tl.float32)
     if RAISE and scale_ptr is not None:
-        _raise_amax(amax_ptr, amax, tl.max(tl.abs(x)))
+        raise_amax(amax_ptr, amax, tl.max(tl.abs(x)))
     padded_lines = tl.cdiv(num_lines, MULTIPLE) * MULTIPLE
     padded_run = tl.cdiv(num_run, MULTIPLE) * MULTIPLE
     targets = codes_ptr + (items * padded_lines + line) * padded_run + run
     if EVEN:
-        tl.store(targets, _encode(x, scale, E5M2))
+        tl.store(targets, encode(x, scale, E5M2))
     else:
         # The product of a padding zero and the scale need not be +0.
         x = tl.where(is_inside, x * scale, 0.0)
         mask = (line < padded_lines) & (run < padded_run) & (channels < num_channels)
-        tl.store(targets, _encode(x, 1.0, E5M2), mask=mask)
+        tl.store(targets, encode(x, 1.0, E5M2), mask=mask)
 
 
 # The scalars of a recipe lie side by side in one tensor, so their alignment says nothing. Sizes are never constants: of a

@@ -13,54 +13,34 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 import triton
 import triton.language as tl
 
+from .float8_codes import (
+    FORMATS,
+    INPUT_DTYPES,
+    IS_INTERPRETED,
+    compute_scale,
+    encode,
+    load_amax,
+    raise_amax,
+)
 from .launcher import BoundLaunch, Pointer
+from .matrix_tiles import (
+    TILES,
+    Plan,
+    Tile,
+    load_tile,
+    locate_tile,
+    read_strides,
+    store_tile,
+    tile_plan,
+)
 from .memory import empty_strided
-
-_INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_FORMATS = ("e4m3", "e5m2")
-# What may be on the CPU: there Triton runs only where TRITON_INTERPRET was set before its import.
-_IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-
-class Tile(NamedTuple):
-    """Elements that one program handles, and its warps."""
-
-    rows: int
-    cols: int
-    num_warps: int
-
-
-# By what is written. The fastest of a sweep on an H200, `benchmarks/quantize_kernels.py`.
-TILES = {
-    "rowwise": Tile(16, 512, 4),
-    "transposed": Tile(128, 64, 4),
-    "both": Tile(64, 64, 4),
-    "amax": Tile(32, 256, 8),
-}
-# Programs that look for an amax, at most: each leaves the amax of its tiles, and every program of the cast
-# reads them all. Memory for them needs no zeroing, which would be a launch of its own.
-MAX_PARTIALS = 528
-
-
-class Plan(NamedTuple):
-    """All that a launch needs to know of a tensor's dimensions."""
-
-    num_programs: int
-    num_rows: int
-    num_cols: int
-    row_stride: int
-    batch_stride: int
-    rowwise_shape: Optional[tuple[int, ...]]
-    transposed_shape: Optional[tuple[int, ...]]
-    is_even: bool
-    multiple: int
-    tile: Tile
+from .tensor_amax import NO_SEARCH, bind_search, plan_search
 
 
 def can_quantize(x: torch.Tensor) -> bool:
@@ -86,10 +66,10 @@ def can_quantize(x: torch.Tensor) -> bool:
     (True, False, True)
     """
     return (
-        (x.is_cuda or _IS_INTERPRETED)
-        and x.dtype in _INPUT_DTYPES
+        (x.is_cuda or IS_INTERPRETED)
+        and x.dtype in INPUT_DTYPES
         and x.ndim >= 2
-        and (x.numel() == 0 or _read_strides(x.shape, x.stride()) is not None)
+        and (x.numel() == 0 or read_strides(x.shape, x.stride()) is not None)
     )
 
 
@@ -270,7 +250,7 @@ class Cast:
         layouts: tuple[bool, bool, int],
         scale_rule: tuple[float, bool],
     ) -> None:
-        if fp8_dtype not in _FORMATS:
+        if fp8_dtype not in FORMATS:
             raise ValueError(f'fp8_dtype must be "e4m3" or "e5m2" and came as {fp8_dtype!r}')
         rowwise, transposed, multiple = layouts
         description = (shape, strides, dtype, device_index >= 0)
@@ -291,8 +271,8 @@ class Cast:
                 _make_plan(*description, False, True, multiple),
             ]
         is_e5m2 = fp8_dtype == "e5m2"
-        self.search = _NO_SEARCH if self._is_empty else _plan_search(shape, strides)
-        self._find = _bind_search(self.search)
+        self.search = NO_SEARCH if self._is_empty else plan_search(shape, strides)
+        self._find = bind_search(self.search)
         self._num_partials = self.search.num_programs
         self._casts = [
             tuple(
@@ -435,53 +415,6 @@ def _describe(shape: Optional[tuple[int, ...]]) -> Optional[tuple[tuple, tuple]]
     return None if shape is None else (shape, torch.empty(shape, device="meta").stride())
 
 
-class Search(NamedTuple):
-    """How the amaxes of a tensor are found."""
-
-    num_programs: int
-    num_warps: int
-    constants: tuple
-
-
-_NO_SEARCH = Search(0, 0, (0, 0, 0, 0, 0, 0, True, True, 1, 1))
-
-
-def _plan_search(shape: tuple[int, ...], strides: tuple[int, ...]) -> Search:
-    plan = _make_amax_plan(shape, strides)
-    tile = plan.tile
-    num_programs = min(plan.num_programs, MAX_PARTIALS)
-    # One item, one column of whole tiles, no gaps between rows.
-    is_flat = plan.is_even and tile.cols == plan.num_cols == plan.row_stride
-    constants = (
-        num_programs, plan.num_programs, plan.num_rows, plan.num_cols, plan.row_stride,
-        plan.batch_stride, is_flat, plan.is_even, tile.rows, tile.cols,
-    )  # fmt: skip
-    return Search(num_programs, tile.num_warps, constants)
-
-
-def _bind_search(x: Search, y: Search = _NO_SEARCH) -> BoundLaunch:
-    """The launch that finds the amaxes of one tensor, or of two."""
-    return BoundLaunch(
-        _amax_kernel,
-        x.num_programs + y.num_programs,
-        max(x.num_warps, y.num_warps),
-        (*x.constants, *y.constants),
-    )
-
-
-class AmaxPair:
-    """Finds the amaxes of two tensors with one launch, for tensors of two casts."""
-
-    def __init__(self, x: Cast, y: Cast) -> None:
-        self._launch = _bind_search(x.search, y.search)
-
-    def __call__(
-        self, x: torch.Tensor, x_amaxes: Pointer, y: torch.Tensor, y_amaxes: Pointer
-    ) -> None:
-        """As `Cast.find_amaxes_to` for each of them."""
-        self._launch(x, x_amaxes, y, y_amaxes)
-
-
 def _bind_cast(
     plan: Plan, scale_rule: tuple[float, bool], is_e5m2: bool, num_partials: int
 ) -> BoundLaunch:
@@ -506,11 +439,11 @@ def _make_plan(
 ) -> Plan:
     """Checks a tensor's description and prepares its launches; `tile` overrules the table."""
     came = f"{dtype}, shape {tuple(shape)}, stride {tuple(strides)}"
-    if dtype not in _INPUT_DTYPES:
+    if dtype not in INPUT_DTYPES:
         raise TypeError(
             f"the FP8 kernel reads float32, bfloat16 or float16 and x came as {came}; convert it first"
         )
-    if not (is_cuda or _IS_INTERPRETED):
+    if not (is_cuda or IS_INTERPRETED):
         raise ValueError(f"the FP8 kernel reads CUDA tensors and x came as {came} on the CPU")
     if len(shape) < 2:
         raise ValueError(f"the FP8 kernel needs a matrix, [*batch, R, C], and x came as {came}")
@@ -537,7 +470,7 @@ def _make_plan(
     )
     if math.prod(shape) == 0:
         return plan
-    read = _read_strides(shape, strides)
+    read = read_strides(shape, strides)
     if read is None:
         raise ValueError(
             "the FP8 kernel reads a contiguous last dim and batch dims that merge into one stride, "
@@ -546,247 +479,7 @@ def _make_plan(
     row_stride, batch_stride = read
     num_items = math.prod(shape[:-2])
     may_fold = not transposed and padded_rows == rows
-    return _tile_plan(plan, num_items, row_stride, batch_stride, may_fold)
-
-
-@lru_cache(maxsize=4096)
-def _make_amax_plan(
-    shape: tuple[int, ...], strides: tuple[int, ...], tile: Optional[Tile] = None
-) -> Plan:
-    """The launch that finds the amax of a tensor that `_make_plan` has accepted."""
-    row_stride, batch_stride = _read_strides(shape, strides)
-    num_items, rows, cols = math.prod(shape[:-2]), shape[-2], shape[-1]
-    tile = TILES["amax"] if tile is None else tile
-    is_contiguous = row_stride == cols and (num_items == 1 or batch_stride == rows * cols)
-    num_elements = num_items * rows * cols
-    if is_contiguous and num_elements % (tile.rows * tile.cols) == 0:
-        num_items, rows, cols, row_stride = 1, num_elements // tile.cols, tile.cols, tile.cols
-    plan = Plan(
-        num_programs=0,
-        num_rows=rows,
-        num_cols=cols,
-        row_stride=0,
-        batch_stride=0,
-        rowwise_shape=None,
-        transposed_shape=None,
-        is_even=True,
-        multiple=1,
-        tile=tile,
-    )
-    return _tile_plan(plan, num_items, row_stride, batch_stride, may_fold=True)
-
-
-def _tile_plan(
-    plan: Plan, num_items: int, row_stride: int, batch_stride: int, may_fold: bool
-) -> Plan:
-    """Completes a plan: items folded into rows if possible, a tile no larger than the matrix."""
-    rows, cols = plan.num_rows, plan.num_cols
-    if may_fold and (num_items == 1 or batch_stride == rows * row_stride):
-        rows, num_items, batch_stride = num_items * rows, 1, 0
-    padded_rows, padded_cols = (-(-size // plan.multiple) * plan.multiple for size in (rows, cols))
-    # What one dim does not need goes to the other.
-    tile = plan.tile
-    most_rows, most_cols = (triton.next_power_of_2(size) for size in (padded_rows, padded_cols))
-    tile_cols = min(tile.cols, most_cols)
-    tile_rows = min(tile.rows * tile.cols // tile_cols, most_rows)
-    tile_cols = min(tile.rows * tile.cols // tile_rows, most_cols)
-    return plan._replace(
-        num_programs=num_items * -(-padded_rows // tile_rows) * -(-padded_cols // tile_cols),
-        num_rows=rows,
-        row_stride=row_stride,
-        batch_stride=batch_stride,
-        is_even=rows % tile_rows == 0
-        and cols % tile_cols == 0
-        and (rows, cols) == (padded_rows, padded_cols),
-        tile=tile._replace(rows=tile_rows, cols=tile_cols),
-    )
-
-
-def _read_strides(shape: tuple[int, ...], strides: tuple[int, ...]) -> Optional[tuple[int, int]]:
-    """Row stride and the one batch stride of a tensor that is not empty; None if there is no such."""
-    if shape[-1] != 1 and strides[-1] != 1:
-        return None
-    batch_stride, reached = 0, None
-    for size, stride in zip(reversed(shape[:-2]), reversed(strides[:-2])):
-        if size == 1:
-            continue
-        if reached is None:
-            batch_stride, reached = stride, size * stride
-        elif stride == reached:
-            reached *= size
-        else:
-            return None
-    return (strides[-2] if shape[-2] > 1 else shape[-1]), batch_stride
-
-
-@triton.jit
-def _locate_tile(
-    program,
-    num_rows,
-    num_cols,
-    MULTIPLE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    """Item, first row and first column of a program, columns fastest."""
-    padded_rows = tl.cdiv(num_rows, MULTIPLE) * MULTIPLE
-    padded_cols = tl.cdiv(num_cols, MULTIPLE) * MULTIPLE
-    tiles_per_row = tl.cdiv(padded_cols, BLOCK_COLS)
-    tiles_per_item = tl.cdiv(padded_rows, BLOCK_ROWS) * tiles_per_row
-    item = program // tiles_per_item
-    tile = program % tiles_per_item
-    first_row = (tile // tiles_per_row) * BLOCK_ROWS
-    first_col = (tile % tiles_per_row) * BLOCK_COLS
-    return item.to(tl.int64), first_row, first_col
-
-
-@triton.jit
-def _load(
-    x_ptr,
-    rows,
-    cols,
-    num_rows,
-    num_cols,
-    row_stride,
-    EVEN: tl.constexpr,
-):
-    """One tile; zeros beyond the matrix."""
-    pointers = x_ptr + rows.to(tl.int64)[:, None] * row_stride + cols[None, :]
-    if EVEN:
-        return tl.load(pointers)
-    mask = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
-    return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def _raise_amax(amax_ptr, known_amax, amax):
-    """``*amax_ptr = max(*amax_ptr, amax)`` on the bits, as TE's atomicMaxFloat.
-
-    They order floats that are not negative, and a NaN that is there is larger than all. `known_amax`
-    was read when the program began; it spares most programs the queue for one address.
-    """
-    # From zero, because the maximum of nothing but NaN is NaN.
-    bits = tl.maximum(amax, 0.0).to(tl.int32, bitcast=True)
-    is_larger = bits > known_amax.to(tl.int32, bitcast=True)
-    tl.atomic_max(amax_ptr.to(tl.pointer_type(tl.int32)), bits, mask=is_larger, sem="relaxed")
-
-
-@triton.jit
-def _load_amax(amaxes_ptr, NUM_PARTIALS: tl.constexpr):
-    """The largest of the amaxes that `_amax_kernel` left."""
-    if NUM_PARTIALS == 1:
-        return tl.load(amaxes_ptr)
-    parts = tl.arange(0, triton.next_power_of_2(NUM_PARTIALS))
-    return tl.max(tl.load(amaxes_ptr + parts, mask=parts < NUM_PARTIALS, other=0.0))
-
-
-@triton.jit
-def _compute_scale(amax, amax_epsilon, FP8_MAX: tl.constexpr, POWER_OF_2: tl.constexpr):
-    """`reference.quantizers.scale_from_amax`, operation by operation."""
-    amax = tl.where(amax < amax_epsilon, amax_epsilon, amax)
-    scale = tl.div_rn(tl.full((), FP8_MAX, tl.float32), amax)
-    scale = tl.where(scale == float("inf"), 3.4028234663852886e38, scale)
-    if POWER_OF_2:
-        scale = (scale.to(tl.int32, bitcast=True) & -8388608).to(tl.float32, bitcast=True)
-    is_usable = (amax > 0.0) & (amax < float("inf"))
-    return tl.where(is_usable, scale, 1.0)
-
-
-@triton.jit
-def _encode(values, scale, E5M2: tl.constexpr):
-    """FP8 codes as bytes: `cvt.rn.satfinite` on the device."""
-    if E5M2:
-        return (values * scale).to(tl.float8e5).to(tl.uint8, bitcast=True)
-    return (values * scale).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
-
-
-@triton.jit
-def _store(ptr, codes, rows, cols, num_rows, num_cols, EVEN: tl.constexpr):
-    """One tile of a contiguous matrix, as far as it reaches."""
-    pointers = ptr + rows.to(tl.int64)[:, None] * num_cols + cols[None, :]
-    if EVEN:
-        tl.store(pointers, codes)
-    else:
-        tl.store(pointers, codes, mask=(rows < num_rows)[:, None] & (cols < num_cols)[None, :])
-
-
-@triton.jit
-def _search_amax(
-    x_ptr,
-    amaxes_ptr,
-    program,
-    num_programs,
-    num_tiles,
-    num_rows,
-    num_cols,
-    row_stride,
-    batch_stride,
-    FLAT: tl.constexpr,
-    EVEN: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    """Leaves the amax of every tile whose number is the program's, modulo the number of programs."""
-    # From zero, because the maximum of nothing but NaN is NaN.
-    amaxes = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    tile = program
-    while tile < num_tiles:
-        if FLAT:
-            # No divisions: they would hold back the loads of a loop as short as this.
-            rows = tl.arange(0, BLOCK_ROWS)[:, None]
-            pointers = x_ptr + tile.to(tl.int64) * (BLOCK_ROWS * BLOCK_COLS)
-            x = tl.load(pointers + rows * BLOCK_COLS + tl.arange(0, BLOCK_COLS)[None, :])
-        else:
-            item, first_row, first_col = _locate_tile(
-                tile, num_rows, num_cols, 1, BLOCK_ROWS, BLOCK_COLS
-            )
-            rows = first_row + tl.arange(0, BLOCK_ROWS)
-            cols = first_col + tl.arange(0, BLOCK_COLS)
-            x = _load(x_ptr + item * batch_stride, rows, cols, num_rows, num_cols, row_stride, EVEN)
-        amaxes = tl.maximum(amaxes, tl.abs(x.to(tl.float32)))
-        tile += num_programs
-    tl.store(amaxes_ptr + program, tl.max(amaxes))
-
-
-@triton.jit
-def _amax_kernel(
-    x_ptr,
-    x_amaxes_ptr,
-    y_ptr,
-    y_amaxes_ptr,
-    x_programs,
-    x_tiles,
-    x_rows,
-    x_cols,
-    x_row_stride,
-    x_batch_stride,
-    X_FLAT: tl.constexpr,
-    X_EVEN: tl.constexpr,
-    X_BLOCK_ROWS: tl.constexpr,
-    X_BLOCK_COLS: tl.constexpr,
-    y_programs,
-    y_tiles,
-    y_rows,
-    y_cols,
-    y_row_stride,
-    y_batch_stride,
-    Y_FLAT: tl.constexpr,
-    Y_EVEN: tl.constexpr,
-    Y_BLOCK_ROWS: tl.constexpr,
-    Y_BLOCK_COLS: tl.constexpr,
-):
-    """Amaxes of parts of one tensor, or of two: the first programs are for `x`, the others for `y`."""
-    program = tl.program_id(0)
-    if y_ptr is None or program < x_programs:
-        _search_amax(
-            x_ptr, x_amaxes_ptr, program, x_programs, x_tiles, x_rows, x_cols, x_row_stride,
-            x_batch_stride, X_FLAT, X_EVEN, X_BLOCK_ROWS, X_BLOCK_COLS,
-        )  # fmt: skip
-    else:
-        _search_amax(
-            y_ptr, y_amaxes_ptr, program - x_programs, y_programs, y_tiles, y_rows, y_cols, y_row_stride,
-            y_batch_stride, Y_FLAT, Y_EVEN, Y_BLOCK_ROWS, Y_BLOCK_COLS,
-        )  # fmt: skip
+    return tile_plan(plan, num_items, row_stride, batch_stride, may_fold)
 
 
 @triton.jit
@@ -817,7 +510,7 @@ def _cast_tile(
     if scale_ptr is None:
         # The end of x was read last and may still be in the L2 cache.
         program = num_programs - 1 - program
-    item, first_row, first_col = _locate_tile(
+    item, first_row, first_col = locate_tile(
         program, num_rows, num_cols, MULTIPLE, BLOCK_ROWS, BLOCK_COLS
     )
     padded_rows = tl.cdiv(num_rows, MULTIPLE).to(tl.int64) * MULTIPLE
@@ -825,12 +518,12 @@ def _cast_tile(
     x_ptr += item * batch_stride
     cols = first_col + tl.arange(0, BLOCK_COLS)
     rows = first_row + tl.arange(0, BLOCK_ROWS)
-    x = _load(x_ptr, rows, cols, num_rows, num_cols, row_stride, EVEN)
+    x = load_tile(x_ptr, rows, cols, num_rows, num_cols, row_stride, EVEN)
 
     # After the load, which then is under way while the scale is computed.
     if scale_ptr is None:
-        amax = _load_amax(amax_ptr, NUM_PARTIALS)
-        scale = _compute_scale(amax, amax_epsilon, FP8_MAX, POWER_OF_2)
+        amax = load_amax(amax_ptr, NUM_PARTIALS)
+        scale = compute_scale(amax, amax_epsilon, FP8_MAX, POWER_OF_2)
     else:
         amax = tl.load(amax_ptr)
         scale = tl.load(scale_ptr)
@@ -838,18 +531,20 @@ def _cast_tile(
     tl.store(scale_inv_ptr, scale_inv, mask=program == 0)
 
     x = x.to(tl.float32)
-    codes = _encode(x, scale, E5M2)
+    codes = encode(x, scale, E5M2)
     if not EVEN:
         # The product of a padding zero and the scale need not be +0.
         is_inside = (rows < num_rows)[:, None] & (cols < num_cols)[None, :]
         codes = tl.where(is_inside, codes, 0).to(tl.uint8)
     offset = item * padded_rows * padded_cols
     if codes_ptr is not None:
-        _store(codes_ptr + offset, codes, rows, cols, padded_rows, padded_cols, EVEN)
+        store_tile(codes_ptr + offset, codes, rows, cols, padded_rows, padded_cols, EVEN)
     if transposed_ptr is not None:
-        _store(transposed_ptr + offset, tl.trans(codes), cols, rows, padded_cols, padded_rows, EVEN)
+        store_tile(
+            transposed_ptr + offset, tl.trans(codes), cols, rows, padded_cols, padded_rows, EVEN
+        )
     if scale_ptr is not None:
-        _raise_amax(amax_ptr, amax, tl.max(tl.abs(x)))
+        raise_amax(amax_ptr, amax, tl.max(tl.abs(x)))
 
 
 # The scalars of a recipe lie side by side in one tensor, so their alignment says nothing.

@@ -15,10 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
+from .float8_codes import IS_INTERPRETED
 from .launcher import BoundLaunch
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_IS_INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Batch dims besides the two that are contiguous in one of the tensors.
 _MAX_OTHERS = 3
 
@@ -90,7 +90,7 @@ def copy_permuted(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
             f"{tuple(out.shape)} on {out.device}; both must be the same"
         )
     launch = None
-    if (x.is_cuda or _IS_INTERPRETED) and x.dtype in _DTYPES:
+    if (x.is_cuda or IS_INTERPRETED) and x.dtype in _DTYPES:
         launch = _find_launch(
             x.shape, x.stride(), out.stride(), x.dtype, _count_readable(x),
             (x.data_ptr() % 16, out.data_ptr() % 16), x.get_device(),

@@ -22,7 +22,8 @@ import triton.language as tl
 
 from . import triangle_tiles as tiles
 from . import triangle_weight_gradients as weight_gradients
-from .float8_quantize import _FORMATS, _encode, _raise_amax, quantize_float8_current
+from .float8_codes import FORMATS, encode, raise_amax
+from .float8_quantize import quantize_float8_current
 from .triangle_forward import check_output
 from .triangle_tiles import (
     GatedProjection,
@@ -134,7 +135,7 @@ def output_backward(
     """
     dim, hidden = check_output(c, z, norm_in, norm_out, output)
     tiles.check_tensor("grad_out", grad_out, tuple(z.shape), z.device)
-    if fp8_dtype not in (None, *_FORMATS):
+    if fp8_dtype not in (None, *FORMATS):
         raise ValueError(f'`fp8_dtype` must be None, "e4m3" or "e5m2" and came as {fp8_dtype!r}')
     if scale is None and amax is not None or scale is not None and fp8_dtype is None:
         raise ValueError(
@@ -432,7 +433,7 @@ def _output_kernel(
             if amax_ptr is not None:
                 amax = tl.maximum(amax, tl.max(tl.abs(values), axis=1))
             if FP8:
-                codes = _encode(values, scale, E5M2)
+                codes = encode(values, scale, E5M2)
                 if not EVEN:
                     codes = tl.where(inside[None, :], codes, 0).to(tl.uint8)
             else:
@@ -446,7 +447,7 @@ def _output_kernel(
                 tl.store(pointers, codes)
 
     if amax_ptr is not None:
-        _raise_amax(amax_ptr, known_amax, tl.max(amax, axis=0))
+        raise_amax(amax_ptr, known_amax, tl.max(amax, axis=0))
     sums_ptr += tl.program_id(0) * 2 * HIDDEN
     for index in tl.static_range(NUM_HIDDEN):
         channels = index * HIDDEN_CHUNK + tl.arange(0, HIDDEN_CHUNK)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from . import triangle_tiles as tiles
-from .float8_quantize import _FORMATS, _compute_scale, _encode, _raise_amax
+from .float8_codes import FORMATS, compute_scale, encode, raise_amax
 from .triangle_tiles import (
     GatedProjection,
     Norm,
@@ -164,7 +164,7 @@ def project_operands(
     tile = _check_operands(z, norm, projection)
     if mode not in _MODES:
         raise ValueError(f'`mode` must be "outgoing" or "incoming" and came as {mode!r}')
-    if fp8_dtype not in (None, *_FORMATS):
+    if fp8_dtype not in (None, *FORMATS):
         raise ValueError(f'`fp8_dtype` must be None, "e4m3" or "e5m2" and came as {fp8_dtype!r}')
     if not (kept or turned) or turned and fp8_dtype is None:
         raise ValueError(
@@ -413,7 +413,7 @@ def _operands_kernel(
         known_amax = tl.load(amaxes_ptr + side)
     if FP8:
         if scales_ptr is None:
-            scale = _compute_scale(known_amax, amax_epsilon, FP8_MAX, POWER_OF_2)
+            scale = compute_scale(known_amax, amax_epsilon, FP8_MAX, POWER_OF_2)
         else:
             scale = tl.load(scales_ptr + side)
         scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
@@ -467,7 +467,7 @@ def _operands_kernel(
                 amax = tl.maximum(amax, tl.max(tl.abs(values), axis=1))
             if WRITES:
                 if FP8:
-                    codes = _encode(values, scale, E5M2)
+                    codes = encode(values, scale, E5M2)
                     if not EVEN:
                         codes = tl.where(inside[None, :], codes, 0).to(tl.uint8)
                 else:
@@ -482,7 +482,7 @@ def _operands_kernel(
                 else:
                     tl.store(pointers, codes)
     if RAISES:
-        _raise_amax(amaxes_ptr + side, known_amax, tl.max(amax, axis=0))
+        raise_amax(amaxes_ptr + side, known_amax, tl.max(amax, axis=0))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .float8_quantize import _IS_INTERPRETED
+from .float8_codes import IS_INTERPRETED
 from .launcher import BoundLaunch
 from .memory import empty_strided
 
@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Matrices of positions are padded to a multiple of this: what FP8 products of cuBLASLt want, and 16 bytes of codes.
 MULTIPLE = 16
 
-_INTERPRETED = tl.constexpr(_IS_INTERPRETED)
+_INTERPRETED = tl.constexpr(IS_INTERPRETED)
 
 
 class Norm(NamedTuple):
@@ -150,7 +150,7 @@ def check_z(z: torch.Tensor) -> None:
             "`z` must be [B, N, N, D] with D a multiple of 16 and came as shape "
             f"{tuple(z.shape)}; pad D, or use torch's operations"
         )
-    if not (z.is_cuda or _IS_INTERPRETED):
+    if not (z.is_cuda or IS_INTERPRETED):
         raise ValueError(f"these kernels run on CUDA devices and z came on {z.device}")
     check_tensor("z", z, tuple(z.shape), z.device)
 

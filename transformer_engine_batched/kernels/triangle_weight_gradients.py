@@ -10,7 +10,7 @@ Must not import Transformer Engine or a sibling package of `kernels`.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 import triton
