@@ -572,3 +572,20 @@ def test_each_point_begins_without_what_was_tuned_before(tmp_path):
         lambda point: [], False, forget=lambda: events.append("forget"),
     )  # fmt: skip
     assert events == [word for point in QUICK for word in ("forget", point.name)]
+
+
+def test_the_table_of_algorithms():
+    row = {
+        "batch": 8,
+        "m": 256,
+        "n": 128,
+        "k": 64,
+        "fastest": "Algorithm(id=66)",
+        "fastest_us": 10.0,
+    }
+    rows = [
+        {**row, "accumulation": "split", "taken_us": 11.0, "heuristic_us": 11.0},
+        {**row, "accumulation": "fast", "taken_us": 10.0, "heuristic_us": 12.5},
+    ]
+    text = render_docs.BLOCKS["algorithms"]({"algorithms": {"meta": META, "rows": rows}})
+    assert "| 256 x 128 x 64 | 8 | 10.0 | 1.00 | 1.25 | 10.0 | 1.10 | 1.10 |" in text

@@ -83,7 +83,8 @@ class TestInterpreted:
         assert compare_steps(monkeypatch, CASES["plain"], "delayed")._pair is not None
         monkeypatch.setattr(cast_pair, "MAX_ELEMENTS", 100)
         for recipe in ("delayed", "current"):
-            assert compare_steps(monkeypatch, CASES["plain"], recipe)._pair is None
+            product = compare_steps(monkeypatch, CASES["plain"], recipe)
+            assert product._pair is None and product._search is None
 
     def test_one_tensor_is_saved_of_the_codes_alone(self):
         a = torch.randn(2, 64, 64, requires_grad=True)

@@ -272,10 +272,13 @@ class WarmProduct:
 
     def _find_pairs(self) -> None:
         # Triton takes a second to import, and only a GPU needs it
-        from .kernels.cast_pair import CastPair, can_pair
+        from .kernels.cast_pair import CastPair, can_pair, is_small
         from .kernels.tensor_amax import AmaxPair
 
         casts = self._a.cast, self._b.cast
+        if not is_small(*casts):
+            # A cast right after its own search finds the end of the tensor in the L2 cache.
+            return
         if not self._a.is_delayed:
             self._search = AmaxPair(*(cast.search for cast in casts))
         if can_pair(*casts):
@@ -301,14 +304,13 @@ class WarmProduct:
         a_pointers, b_pointers = self._a.point(a, a_state, bases), self._b.point(b, b_state, bases)
         if self._search is not None:
             self._search(a, a_pointers[4], b, b_pointers[4])
-        else:
-            _find_amaxes(self._a, a_pointers)
-            _find_amaxes(self._b, b_pointers)
         if self._pair is not None:
             self._pair(*a_pointers, *b_pointers)
         else:
-            self._a.cast.write_to(*a_pointers)
-            self._b.cast.write_to(*b_pointers)
+            for cast, pointers in ((self._a, a_pointers), (self._b, b_pointers)):
+                if self._search is None:
+                    _find_amaxes(cast, pointers)
+                cast.cast.write_to(*pointers)
         out = self._product.run(memories, bases, index, out_strides)
         return out, self._select_saved(memories)
 

@@ -39,13 +39,16 @@ class CastPair:
         self._launch(*pointers)
 
 
-def can_pair(x: Cast, y: Cast) -> bool:
-    """Whether two casts are one launch each, of this kernel, and small."""
-    is_ours = type(x) is Cast and type(y) is Cast
-    if not is_ours or len(x.launches(True)) != 1 or len(y.launches(True)) != 1:
-        return False
+def is_small(x: Cast, y: Cast) -> bool:
+    """Whether the host is slower than the device for two tensors."""
     shapes = (next(shape for shape in cast.shapes if shape is not None) for cast in (x, y))
     return sum(map(math.prod, shapes)) <= MAX_ELEMENTS
+
+
+def can_pair(x: Cast, y: Cast) -> bool:
+    """Whether two casts are one launch each, of this kernel."""
+    is_ours = type(x) is Cast and type(y) is Cast
+    return is_ours and len(x.launches(True)) == 1 and len(y.launches(True)) == 1
 
 
 @triton.jit(
