@@ -255,17 +255,10 @@ inline void copy_word(u32 target, const void* source, bool is_inside) {
   if (is_inside) std::memcpy(shared_memory + target, source, 4);
 }
 
-inline void prefetch_line(const void*) {}
-
 inline float load_shared(u32 address) {
   float value;
   std::memcpy(&value, shared_memory + address, 4);
   return value;
-}
-
-inline void load_shared(u32 address, float (&x)[2]) {
-  if (address % 8) std::abort();
-  std::memcpy(x, shared_memory + address, 8);
 }
 
 template <class T>

@@ -109,11 +109,6 @@ __device__ __forceinline__ void copy_word(u32 target, const void* source, bool i
                : "memory");
 }
 
-// Brings the 128 bytes at an address into the L2 cache.
-__device__ __forceinline__ void prefetch_line(const void* source) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(source));
-}
-
 __device__ __forceinline__ float load_shared(u32 address) {
   float value;
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(address));
