@@ -271,10 +271,7 @@ def measure_point(
 
 def make_kernel_calls(size: int) -> dict[str, Callable[[int], Any]]:
     """Each kernel as a call, after its result has been compared with torch's."""
-    from transformer_engine_batched.kernels.channel_last import (
-        quantize_float8,
-        quantize_float8_current,
-    )
+    from transformer_engine_batched.kernels.channel_last import find_cast
     from transformer_engine_batched.kernels.permute import copy_permuted
 
     stored = torch.randn(1, size, size, CHANNELS, device="cuda").bfloat16()
@@ -283,7 +280,9 @@ def make_kernel_calls(size: int) -> dict[str, Callable[[int], Any]]:
     layouts = {"rowwise": (True, False), "transposed": (False, True), "both": (True, True)}
 
     def cast(rowwise: bool, transposed: bool) -> tuple:
-        return quantize_float8(x, scale, amax, "e4m3", rowwise=rowwise, transposed=transposed)
+        return find_cast(x, "e4m3", rowwise=rowwise, transposed=transposed).with_scale(
+            x, scale, amax
+        )
 
     for channel in (0, CHANNELS - 1):
         wanted = (x[0, channel].float() * 40).to(torch.float8_e4m3fn).view(torch.uint8)
@@ -298,9 +297,9 @@ def make_kernel_calls(size: int) -> dict[str, Callable[[int], Any]]:
     calls = {f"ours_{name}": (lambda _, y=layout: cast(*y)) for name, layout in layouts.items()}
     return calls | {
         "copy": lambda _: target.copy_(stored),
-        "ours_current_both": lambda _: quantize_float8_current(
+        "ours_current_both": lambda _: find_cast(
             x, "e4m3", rowwise=True, transposed=True
-        ),
+        ).with_own_scale(x),
         "ours_permute": lambda _: copy_permuted(result, out),
         "torch_permute": lambda _: out.copy_(result),
     }

@@ -81,8 +81,8 @@ bool has_split_k_fault(const Algorithm& algorithm, int64_t k) {
 }
 
 // The heuristic ranks the algorithms of FP8 products with fast accumulation by large tiles, which are
-// slower on an H200 than these by 5 to 20 % (docs/performance.md, "The algorithm that is taken"); its
-// first choice with split accumulation is right. The best first; most are offered for most sizes.
+// slower on an H200 than these (benchmarks/algorithms.py); its first choice with split accumulation is
+// right. The best first; most are offered for most sizes.
 struct TileAndCluster {
   int32_t tile, cluster;
 };

@@ -16,8 +16,7 @@ from transformer_engine_batched.kernels import channel_last, permute
 from transformer_engine_batched.kernels.channel_last import (
     Tile,
     can_quantize,
-    quantize_float8,
-    quantize_float8_current,
+    find_cast,
 )
 from transformer_engine_batched.kernels.permute import copy_permuted
 from transformer_engine_batched.reference import quantizers
@@ -242,7 +241,9 @@ class TestInterpreted:
         x = torch.randn(shape).to(dtype).permute(view)
         scale, amax = torch.tensor([37.5]), torch.tensor([0.25])
         rowwise, transposed = layout
-        outputs = quantize_float8(x, scale, amax, "e4m3", rowwise=rowwise, transposed=transposed)
+        outputs = find_cast(x, "e4m3", rowwise=rowwise, transposed=transposed).with_scale(
+            x, scale, amax
+        )
         assert_codes(outputs, x, scale, "e4m3", layout)
         assert amax.item() == x.abs().max().item()
 
@@ -252,7 +253,7 @@ class TestInterpreted:
     def test_values(self, dtype, fp8_dtype, scale):
         x = special_values(dtype).reshape(1, 16, 16, 16).permute(0, 3, 1, 2)
         scale, amax = torch.tensor([scale]), torch.zeros(1)
-        outputs = quantize_float8(x, scale, amax, fp8_dtype, rowwise=True, transposed=True)
+        outputs = find_cast(x, fp8_dtype, rowwise=True, transposed=True).with_scale(x, scale, amax)
         assert_codes(outputs, x, scale, fp8_dtype, (True, True))
         assert amax.item() == float("inf")
 
@@ -262,9 +263,9 @@ class TestInterpreted:
         x = torch.randn(1, 17, 20, 3).permute(0, 3, 1, 2)
         scale, amax = torch.tensor([scale]), torch.zeros(1)
         rowwise, transposed = layout
-        outputs = quantize_float8(
-            x, scale, amax, "e5m2", rowwise=rowwise, transposed=transposed, multiple=32
-        )
+        outputs = find_cast(
+            x, "e5m2", rowwise=rowwise, transposed=transposed, multiple=32
+        ).with_scale(x, scale, amax)
         assert_codes(outputs, x, scale, "e5m2", layout, 32)
 
     def test_views_of_larger_tensors(self):
@@ -273,7 +274,7 @@ class TestInterpreted:
             x = x.permute(0, 3, 1, 2)
             assert can_quantize(x)
             scale, amax = torch.tensor([2.0]), torch.zeros(1)
-            outputs = quantize_float8(x, scale, amax, "e4m3", rowwise=True, transposed=True)
+            outputs = find_cast(x, "e4m3", rowwise=True, transposed=True).with_scale(x, scale, amax)
             assert_codes(outputs, x, scale, "e4m3", (True, True))
             assert amax.item() == x.abs().max().item()
 
@@ -283,8 +284,8 @@ class TestInterpreted:
         for layout in LAYOUTS:
             for start in (0.0, 100.0, nan):
                 amax = torch.tensor([start])
-                quantize_float8(
-                    x, torch.ones(1), amax, "e4m3", rowwise=layout[0], transposed=layout[1]
+                find_cast(x, "e4m3", rowwise=layout[0], transposed=layout[1]).with_scale(
+                    x, torch.ones(1), amax
                 )
                 found = quantizers.tensor_amax(x).item()
                 assert torch.equal(amax.isnan(), torch.tensor([start != start]))
@@ -297,7 +298,7 @@ class TestInterpreted:
         x = x.nan_to_num(nan=0.5).permute(0, 3, 1, 2)
         x[0, 0, 0, 0] = float("nan")
         rule = {"amax_epsilon": 0.05, "force_pow_2_scales": power_of_2}
-        outputs = quantize_float8_current(x, "e5m2", rowwise=True, transposed=True, **rule)
+        outputs = find_cast(x, "e5m2", rowwise=True, transposed=True, **rule).with_own_scale(x)
         scale = quantizers.scale_from_amax(quantizers.tensor_amax(x), torch.float8_e5m2, **rule)
         assert_codes(outputs, x, scale, "e5m2", (True, True))
 

@@ -82,10 +82,10 @@ def test_codes_are_the_reference_s(shape, dtype):
             asked = {"rowwise": rowwise, "transposed": transposed}
             scale = torch.full((1,), -20.0, device="cuda")
             amax = torch.full((1,), 0.5, device="cuda")
-            outputs = channel_last.quantize_float8(x, scale, amax, "e4m3", **asked)
+            outputs = channel_last.find_cast(x, "e4m3", **asked).with_scale(x, scale, amax)
             assert_codes(outputs, x, scale, "e4m3", (rowwise, transposed))
             assert amax.item() == x.abs().max().item()
-        outputs = channel_last.quantize_float8_current(x, "e5m2", rowwise=True, transposed=True)
+        outputs = channel_last.find_cast(x, "e5m2", rowwise=True, transposed=True).with_own_scale(x)
         found = quantizers.scale_from_amax(quantizers.tensor_amax(x), torch.float8_e5m2)
         assert_codes(outputs, x, found, "e5m2", (True, True))
 
@@ -97,14 +97,14 @@ def test_bytes_are_those_of_te_after_a_permutation(kind):
         expected = quantizer(x.contiguous())
         if kind == "delayed":
             amax = torch.zeros(1, device="cuda")
-            codes, turned, scale_inv = channel_last.quantize_float8(
-                x, quantizer.scale, amax, "e4m3", rowwise=True, transposed=True
-            )
+            codes, turned, scale_inv = channel_last.find_cast(
+                x, "e4m3", rowwise=True, transposed=True
+            ).with_scale(x, quantizer.scale, amax)
             assert torch.equal(amax, quantizer.amax)
         else:
-            codes, turned, scale_inv = channel_last.quantize_float8_current(
+            codes, turned, scale_inv = channel_last.find_cast(
                 x, "e4m3", rowwise=True, transposed=True
-            )
+            ).with_own_scale(x)
         assert torch.equal(codes, expected._data)
         assert torch.equal(turned, expected._data.mT)
         assert torch.equal(scale_inv, expected._scale_inv)

@@ -13,8 +13,8 @@ import triton.language as tl
 from .float8_quantize import Cast, _cast_tile
 from .launcher import Pointer
 
-# Elements of both tensors, at most: the device needs as long for them (4 bytes each, read and written, at the 3.4 TB/s
-# of an H200) as the host for a launch, 5 microseconds. Above, nothing is gained, and the tiles of
+# Elements of both tensors, at most: for about so many the device needs as long (4 bytes each, read and written) as the
+# host for a launch, some microseconds. Above, nothing is gained, and the tiles of
 # `float8_quantize.TILES` were tuned for launches of one tensor.
 MAX_ELEMENTS = 1 << 22
 

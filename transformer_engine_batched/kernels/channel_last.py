@@ -109,67 +109,6 @@ def can_quantize(x: torch.Tensor) -> bool:
     )
 
 
-def quantize_float8(
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    amax: torch.Tensor,
-    fp8_dtype: str,
-    *,
-    rowwise: bool,
-    transposed: bool,
-    multiple: int = 16,
-) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
-    """Delayed scaling: ``codes = fp8(float(x) * scale)`` and ``amax = max(amax, max(|x|))``.
-
-    As `float8_quantize.quantize_float8`, which says what the arguments and results are, for tensors that
-    `can_quantize` takes.
-
-    Examples
-    --------
-    >>> x = torch.ones(2, 20, 32, 8, device="cuda").permute(0, 3, 1, 2)
-    >>> one, amax = torch.ones(1, device="cuda"), torch.zeros(1, device="cuda")
-    >>> codes, turned, _ = quantize_float8(x, one, amax, "e4m3", rowwise=True, transposed=True)
-    >>> codes.shape, turned.shape
-    (torch.Size([2, 8, 32, 32]), torch.Size([2, 8, 32, 32]))
-    """
-    cast = find_cast(x, fp8_dtype, rowwise=rowwise, transposed=transposed, multiple=multiple)
-    return cast.with_scale(x, scale, amax)
-
-
-def quantize_float8_current(
-    x: torch.Tensor,
-    fp8_dtype: str,
-    *,
-    rowwise: bool,
-    transposed: bool,
-    multiple: int = 16,
-    amax_epsilon: float = 0.0,
-    force_pow_2_scales: bool = False,
-    amax_reduction_group: Optional[torch.distributed.ProcessGroup] = None,
-) -> tuple[Optional[torch.Tensor], Optional[torch.Tensor], torch.Tensor]:
-    """Current scaling: ``scale = fp8_max / max(|x|)``, ``codes = fp8(float(x) * scale)``.
-
-    As `float8_quantize.quantize_float8_current`, for tensors that `can_quantize` takes.
-
-    Examples
-    --------
-    >>> x = torch.full((2, 16, 32, 8), 3.5, device="cuda").permute(0, 3, 1, 2)
-    >>> codes, _, scale_inv = quantize_float8_current(x, "e4m3", rowwise=True, transposed=False)
-    >>> scale_inv.item()  # 3.5 / 448
-    0.0078125
-    """
-    cast = find_cast(
-        x,
-        fp8_dtype,
-        rowwise=rowwise,
-        transposed=transposed,
-        multiple=multiple,
-        amax_epsilon=amax_epsilon,
-        force_pow_2_scales=force_pow_2_scales,
-    )
-    return cast.with_own_scale(x, amax_reduction_group)
-
-
 def find_cast(
     x: torch.Tensor,
     fp8_dtype: str,
@@ -180,7 +119,18 @@ def find_cast(
     amax_epsilon: float = 0.0,
     force_pow_2_scales: bool = False,
 ) -> "Cast":
-    """The `Cast` of all tensors like `x`; parameters as in `quantize_float8_current`."""
+    """The `Cast` of all tensors like `x`, which `can_quantize` takes.
+
+    Parameters, values and errors are those of `float8_quantize.quantize_float8_current`.
+
+    Examples
+    --------
+    >>> x = torch.full((2, 16, 32, 8), 3.5, device="cuda").permute(0, 3, 1, 2)
+    >>> cast = find_cast(x, "e4m3", rowwise=True, transposed=False)
+    >>> codes, _, scale_inv = cast.with_own_scale(x)
+    >>> codes.shape, scale_inv.item()  # 3.5 / 448
+    (torch.Size([2, 8, 16, 32]), 0.0078125)
+    """
     return _make_cast(
         x.shape,
         x.stride(),
