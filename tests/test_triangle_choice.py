@@ -13,7 +13,9 @@ from triangle_kernel_cases import Case, make_data
 from transformer_engine_batched.kernels import (
     triangle,
     triangle_output,
+    triangle_output_backward,
     triangle_project,
+    triangle_project_backward,
     triangle_tiles,
 )
 
@@ -40,6 +42,8 @@ def kernels(monkeypatch):
     for module, names in (
         (triangle_project, ("make_operands", "make_amaxes")),
         (triangle_output, ("make_output",)),
+        (triangle_output_backward, ("make_gradients",)),
+        (triangle_project_backward, ("project_backward",)),
     ):
         for name in names:
             monkeypatch.setattr(module, name, lambda *a, **k: ("cuda", a, k))
@@ -84,7 +88,7 @@ def test_triton_on_other_devices(name, monkeypatch):
 def test_options_go_through():
     data = make_data(FITS)
     assert call("project_operands", data, mode="outgoing", turned=False) == "cuda"
-    assert call("output_backward", data, fp8_dtype="e5m2") == "triton"
+    assert call("output_backward", data, fp8_dtype="e5m2") == "cuda"
 
 
 def test_no_cuda_on_the_cpu_or_without_its_compiler(monkeypatch):

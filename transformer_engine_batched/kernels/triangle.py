@@ -42,6 +42,12 @@ _CUDA_FORMS = {
         "triangle_project", "make_amaxes", "can_project", "check_operands"
     ),
     "project_output": _CudaForm("triangle_output", "make_output", "can_project", "check_tensors"),
+    "output_backward": _CudaForm(
+        "triangle_output_backward", "make_gradients", "can_output_backward", "check_tensors"
+    ),
+    "project_backward": _CudaForm(
+        "triangle_project_backward", "project_backward", "can_project_backward"
+    ),
 }
 _TRITON_FORMS = {
     "project_operands": triangle_forward.project_operands,
