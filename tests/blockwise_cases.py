@@ -15,10 +15,8 @@ from accuracy import OUTPUT_BOUNDS_DB
 
 from transformer_engine_batched.kernels.blockwise_gemm import BlockScales
 
-# Of the CUDA kernel. Adding FP8 products, Hopper's tensor cores keep 13 bits behind the leading one of a sum (DeepSeek-V3,
-# arXiv 2412.19437, section 3.3.2, counts 14 in all), so that each block of 128 along K comes out with a relative error of
-# about 2^-13; blocks are added in FP32. 6.02 * 13 = 78 dB, which is what was measured on an H200. The rounding of an FP32
-# result, at 152 dB, does not show.
+# Of the CUDA kernel, for operands whose magnitudes do not differ along K: there `add_as_tensor_cores` leaves 78 dB, as measured
+# on an H200. The rounding of an FP32 result, at 152 dB, does not show.
 KERNEL_BOUNDS_DB = {**OUTPUT_BOUNDS_DB, torch.float32: 70.0}
 FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -81,6 +79,29 @@ def make_operand(
         factors = values.repeat_interleave(granularity, 1)[:, :rows].expand(num_items, -1, -1)
     factors = factors.double().repeat_interleave(128, -1)[..., :size_k]
     return Operand(codes, scales, codes.double() * factors)
+
+
+def add_as_tensor_cores(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b.mT`` in FP64, but that sums of FP8 products over blocks of 128 along K are Hopper's.
+
+    An instruction adds 32 products and the sum so far, each cut to 13 bits behind the leading one of the largest, and
+    cuts the result likewise (DeepSeek-V3, arXiv 2412.19437, section 3.3.2, counts 14 bits in all). Operands are in FP64,
+    codes times scales that are powers of two.
+    """
+
+    def cut(terms: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+        unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 14)
+        return torch.trunc(terms / unit) * unit
+
+    total = a.new_zeros(*a.shape[:-1], b.shape[-2])
+    for block_a, block_b in zip(a.split(128, -1), b.split(128, -1)):
+        sums = torch.zeros_like(total)
+        for x, y in zip(block_a.split(32, -1), block_b.split(32, -1)):
+            terms = torch.cat((x[..., :, None, :] * y[..., None, :, :], sums[..., None]), -1)
+            sums = cut(terms, terms.abs().amax(-1, keepdim=True)).sum(-1)
+            sums = cut(sums, sums.abs())
+        total += sums
+    return total
 
 
 def poisoned_out(

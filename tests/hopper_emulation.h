@@ -46,6 +46,9 @@ struct Index {
 struct float2 {
   float x, y;
 };
+struct float4 {
+  float x, y, z, w;
+};
 struct uint2 {
   u32 x, y;
 };
@@ -210,6 +213,8 @@ inline void arrive_after_copies(u32 address) { arrive(address); }
 
 // --- Copies
 
+inline bool elect_lane() { return threadIdx.x % 32 == 0; }
+
 // 128-byte swizzle: bits 4 to 6 of an address are changed by bits 7 to 9.
 inline u32 swizzle(u32 address) { return address ^ ((address >> 7 & 7) << 4); }
 
@@ -247,6 +252,35 @@ inline void load_box(u32 target, const TensorMap& map, u32 barrier, int byte, in
   std::lock_guard guard(lock);
   change(barrier, 0, -static_cast<i64>(words[8] * words[9] * words[10] * words[11]));
 }
+
+// As late as they may be: when they are waited for.
+inline thread_local std::vector<std::function<void()>> pending_stores;
+
+inline void store_box(const TensorMap& map, u32 source, int byte, int col, int row, int item) {
+  pending_stores.push_back([&map, source, byte, col, row, item] {
+    const u64* words = map.words;
+    const int boxes[2] = {static_cast<int>(words[9]), static_cast<int>(words[10])};
+    for (int i = 0; i < boxes[0] * boxes[1]; ++i) {
+      const i64 at[3] = {col + i % boxes[0], row + i / boxes[0], item};
+      char* target = reinterpret_cast<char*>(words[0]);
+      bool is_inside = true;
+      for (int dim = 0; dim < 3; ++dim) {
+        is_inside &= at[dim] < static_cast<i64>(words[2 + dim]);
+        target += at[dim] * static_cast<i64>(words[5 + dim]);
+      }
+      for (int c = 0; is_inside && c < 128 && byte + c < static_cast<i64>(words[1]); ++c) {
+        target[byte + c] = shared_memory[swizzle(source + i * 128 + c)];
+      }
+    }
+  });
+}
+
+inline void commit_stores() {}
+inline void wait_for_stores() {
+  for (const auto& store : pending_stores) store();
+  pending_stores.clear();
+}
+inline void wait_for_reading_stores() { wait_for_stores(); }
 
 inline void publish_writes() {}
 

@@ -21,7 +21,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gate, gemm_suite, goals, host_suite, peers, run, stored_results, timing
+from benchmarks import gate, gemm_suite, goals, host_suite, peers, result_plots, run
+from benchmarks import stored_results, timing
 from benchmarks.points import OTHER, QUICK, SQUARE, Point, make_operands
 
 spec = importlib.util.spec_from_file_location("render_docs", ROOT / "tools" / "render_docs.py")
@@ -525,7 +526,7 @@ def test_documents_show_the_stored_results(project):
         assert part in text
     assert "no time for TE `general_grouped_gemm` at N=128, B=4096; N=256" in text
     assert "too many groups" in text and "| 12.0 |" in text and "reached" in text
-    for name in render_docs.PLOTS:
+    for name in result_plots.PLOTS:
         assert (project.root / "docs" / "img" / name).read_bytes().startswith(b"\x89PNG")
     assert render_docs.render(project.root, is_check=True) == []
 

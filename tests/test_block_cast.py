@@ -219,9 +219,9 @@ class TestPlan:
 
     def test_rows_fold_where_no_block_spans_them(self):
         tile = Tile(128, 8)
-        assert self.plan((64, 16, 256), tile=tile).num_programs == 8 * 2
-        assert self.plan((64, 16, 256), tile=tile, square=True).num_programs == 64 * 2
-        assert self.plan((64, 16, 256), tile=tile, transposed=True).num_programs == 64 * 2
+        assert self.plan((64, 16, 256), tile=tile).num_tiles == 8 * 2
+        assert self.plan((64, 16, 256), tile=tile, square=True).num_tiles == 64 * 2
+        assert self.plan((64, 16, 256), tile=tile, transposed=True).num_tiles == 64 * 2
 
     def test_rows_of_codes_are_aligned(self):
         layout = self.plan((3, 20, 130), square=True, transposed=True).transposed
@@ -271,11 +271,20 @@ class TestInterpreted:
         torch.use_deterministic_algorithms(False)
 
     @staticmethod
-    def check(x, layout, square, fp8="e4m3", epsilon=0.0, power_of_two=False, aligned=False):
+    def check(
+        x,
+        layout,
+        square,
+        fp8="e4m3",
+        epsilon=0.0,
+        power_of_two=False,
+        aligned=False,
+        max_programs=0,
+    ):
         rowwise, transposed = layout
         made = quantize_blocks(
             x, fp8, square=square, rowwise=rowwise, transposed=transposed, amax_epsilon=epsilon,
-            power_of_two=power_of_two, aligned_scales=aligned,
+            power_of_two=power_of_two, aligned_scales=aligned, max_programs=max_programs,
         )  # fmt: skip
         for copy, source, wanted in zip(made, (x, x.mT), layout):
             assert (copy is not None) == wanted
@@ -300,6 +309,25 @@ class TestInterpreted:
     @pytest.mark.parametrize("shape", ((256, 256), (2, 3, 40, 200), (5, 1)))
     def test_layouts(self, shape, layout, square, aligned):
         self.check(torch.randn(shape).bfloat16(), layout, square, aligned=aligned)
+
+    @pytest.mark.parametrize("square", (False, True))
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_limit_of_programs(self, layout, square, monkeypatch):
+        """Fewer programs than tiles, a number that does not divide theirs; and more than there are."""
+        find_launcher, grids = block_quantize._launch_kernel, []
+
+        def find_recorder(tile):
+            def launch(num_programs, *others):
+                grids.append(num_programs)
+                find_launcher(tile)(num_programs, *others)
+
+            return launch
+
+        monkeypatch.setattr(block_quantize, "_launch_kernel", find_recorder)
+        x = torch.randn(3, 260, 300).bfloat16()
+        for limit in (1, 4, 1000):
+            self.check(x, layout, square, max_programs=limit)
+        assert grids[:2] == [1, 4] and 4 < grids[2] < 1000
 
     @pytest.mark.parametrize("rule", ((0.0, False), (0.0, True), (1e-2, False)))
     @pytest.mark.parametrize("square", (False, True))

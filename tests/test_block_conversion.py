@@ -12,7 +12,7 @@ import transformer_engine_batched as teb
 from transformer_engine_batched import gemm, support
 from transformer_engine_batched.block_conversion import convert_to_mxfp8
 from transformer_engine_batched.reference.decoding import decode_mxfp8
-from transformer_engine_batched.te_interop import read_codes
+from transformer_engine_batched.te_interop.tensors import read_codes
 
 
 def decode(codes):

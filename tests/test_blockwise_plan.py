@@ -17,7 +17,7 @@ import transformer_engine_batched as teb
 from transformer_engine_batched import gemm
 from transformer_engine_batched.kernels import blockwise_gemm
 from transformer_engine_batched.reference import blockwise_product
-from transformer_engine_batched.te_interop import read_codes
+from transformer_engine_batched.te_interop.tensors import read_codes
 
 CALLS: list[dict] = []
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(ROOT / "tools"))
 
 import render_docs  # noqa: E402
 
-from benchmarks import blockwise_suite, goals, run  # noqa: E402
+from benchmarks import blockwise_suite, goals, result_tables, run  # noqa: E402
 from benchmarks.blockwise_suite import BlockwisePoint, measure_point  # noqa: E402
 
 
@@ -157,7 +157,7 @@ def test_points_and_goals_agree():
 
 def test_table(monkeypatch):
     rows = [*measure(BlockwisePoint(4, 64, 128, 256)).values()]
-    monkeypatch.setattr(render_docs, "format_caption", lambda meta: "caption")
+    monkeypatch.setattr(result_tables, "format_caption", lambda meta: "caption")
     table = render_docs.BLOCKS["blockwise"]({"blockwise": {"rows": rows, "meta": {}}})
     assert "| 4 | 64 x 128 x 256 | 1x128 x 128x128 | no mask |" in table
     assert "make gpu-bench" in render_docs.BLOCKS["blockwise"]({"blockwise": None})

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_engine.pytorch import cpp_extensions
 
 import transformer_engine_batched as teb
-from transformer_engine_batched import _C, gemm
+from transformer_engine_batched import _C, gemm, gemm_arguments
 from transformer_engine_batched import launch as launch_module
 from transformer_engine_batched.reference.product import ReferencePlan
 
@@ -805,7 +805,7 @@ def test_signature_is_that_of_general_gemm():
         if parameter.kind == parameter.POSITIONAL_OR_KEYWORD
     ]
     assert shared == list(theirs)[: len(shared)]
-    assert set(theirs) - set(shared) == set(gemm._COMMUNICATION)
+    assert set(theirs) - set(shared) == set(gemm_arguments._COMMUNICATION)
     for name in shared:
         assert ours[name].default == theirs[name].default, name
         assert ours[name].kind == theirs[name].kind, name

@@ -181,6 +181,7 @@ class TestCompiled:
             EVEN=is_even,
             MULTIPLE=16,
             NUM_PARTIALS=tensor_amax.MAX_PARTIALS if "scale_ptr" in missing else 1,
+            WAITS="scale_ptr" in missing,
             BLOCK_ROWS=tile.rows,
             BLOCK_COLS=tile.cols,
         )
@@ -191,6 +192,11 @@ class TestCompiled:
         # 16-byte accesses, also at a ragged edge that is a multiple of 16.
         assert "ld.global.v4.b32" in ptx
         assert "st.global.v4.b32" in ptx
+        # The wait for the search of the amax: behind the load of x, before its result is read and codes are written.
+        wait = ptx.find("griddepcontrol.wait")
+        assert (wait >= 0) == ("scale_ptr" in missing)
+        if wait >= 0:
+            assert ptx.find("ld.global.v4.b32") < wait < ptx.find("st.global")
 
     @pytest.mark.parametrize("is_flat", (True, False))
     @pytest.mark.parametrize("is_pair", (True, False))
@@ -206,9 +212,11 @@ class TestCompiled:
             tensor_amax._amax_kernel,
             tile,
             missing=() if is_pair else ("y_ptr", "y_amaxes_ptr"),
+            IS_AWAITED=is_pair,
             **{f"{name}_{key}": value for name in "XY" for key, value in constants.items()},
         )
         assert "ld.global.v4.b32" in kernel.asm["ptx"]
+        assert ("griddepcontrol.launch_dependents" in kernel.asm["ptx"]) == is_pair
 
 
 class TestInOwnProcess:

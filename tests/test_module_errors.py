@@ -261,8 +261,8 @@ def test_backward_override_is_not_ignored(recipe, override, product, emulated):
 
 
 def test_existing_names_are_not_replaced():
-    from transformer_engine_batched import te_interop
+    from transformer_engine_batched import plugin
 
     with pytest.raises(ImportError, match="transformer_engine.pytorch.Linear exists already"):
-        te_interop.add_to_pytorch("Linear", object())
-    te_interop.add_to_pytorch("BatchedMatmul", teb.BatchedMatmul)
+        plugin.add_to_pytorch("Linear", object())
+    plugin.add_to_pytorch("BatchedMatmul", teb.BatchedMatmul)

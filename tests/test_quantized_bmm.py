@@ -23,11 +23,11 @@ from accuracy import assert_accurate, dequantize, make_operand, make_quantizer, 
 from transformer_engine.pytorch.quantized_tensor import QuantizedTensor
 
 import transformer_engine_batched as teb
-from transformer_engine_batched.quantized_bmm import (
-    TransposedView,
+from transformer_engine_batched.quantized_bmm.switch import (
     disable_quantized_bmm,
     enable_quantized_bmm,
 )
+from transformer_engine_batched.quantized_bmm.transposed_view import TransposedView
 
 pytestmark = pytest.mark.usefixtures("emulated")
 

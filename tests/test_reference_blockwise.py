@@ -18,9 +18,9 @@ from test_reference_quantizers import oracle_codes, special_values
 from transformer_engine.common.recipe import Float8BlockScaling, Format, QParams
 
 import transformer_engine_batched as teb
-from transformer_engine_batched import te_interop
 from transformer_engine_batched.reference import blockwise
 from transformer_engine_batched.reference.decoding import decode_blockwise
+from transformer_engine_batched.te_interop.tensors import read_codes
 
 # Items of 33 and of 200 rows end within a block; 3 x 128 do not.
 SHAPES = ((3, 128, 256), (3, 33, 130), (200, 70), (2, 2, 65, 128), (5,), (1, 1))
@@ -163,7 +163,7 @@ def test_te_reads_the_same_numbers(dim):
         for usage in ((True, False), (False, True)):
             quantizer = make_quantizer(dim, E4M3, *usage, force_pow_2_scales=False)
             y = blockwise.quantize(torch.randn(shape), quantizer)
-            codes = te_interop.read_codes(y, "A", usage[0], lambda _: False)
+            codes = read_codes(y, "A", usage[0], lambda _: False)
             decoded = decode_blockwise(
                 codes.data,
                 codes.scale_inv,
@@ -259,9 +259,9 @@ def test_square_blocks_serve_both_ways_and_others_do_not():
                 teb.batched_general_gemm(y, y, layout="NN")
             if dim == 1:
                 with pytest.raises(ValueError, match="has no columnwise data"):
-                    te_interop.read_codes(y, "A", False, lambda _: True)
+                    read_codes(y, "A", False, lambda _: True)
                 continue
-            codes = te_interop.read_codes(y, "A", False, lambda _: True)
+            codes = read_codes(y, "A", False, lambda _: True)
             assert codes.data is y._rowwise_data and not codes.moved_last_dim
 
 

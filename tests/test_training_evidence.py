@@ -22,7 +22,8 @@ import transformer_engine_batched as teb
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import attention_error, goals, module_suite, run, stored_results, timing, training
+from benchmarks import attention_error, goals, module_suite, result_plots, run
+from benchmarks import stored_results, timing, training
 from tools import render_docs
 
 SMALL = training.Settings(
@@ -249,9 +250,9 @@ def test_training_tables_and_plot(tmp_path):
     ]
     meta = make_module_results(1.0)["meta"]
     stored_results.write(tmp_path / "training.json", meta, rows)
-    render_docs.write_plots(tmp_path, tmp_path / "img")
+    result_plots.write_plots(tmp_path, tmp_path / "img")
     assert (tmp_path / "img" / "training.png").read_bytes().startswith(b"\x89PNG")
-    assert render_docs.find_stale_plots(tmp_path, tmp_path / "img") == []
+    assert result_plots.find_stale_plots(tmp_path, tmp_path / "img") == []
     text = render_docs.BLOCKS["training"]({"training": {"meta": meta, "rows": rows}})
     assert "| MXFP8, emulated | 0.3000 | 0.3000 to 0.3000 | +0.00 % | within 2 % |" in text
 

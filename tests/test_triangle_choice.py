@@ -40,8 +40,8 @@ def kernels(monkeypatch):
     assert triton.keys() == triangle._TRITON_FORMS.keys()
     monkeypatch.setattr(triangle, "_TRITON_FORMS", triton)
     for module, names in (
-        (triangle_project, ("make_operands", "make_amaxes")),
-        (triangle_output, ("make_output",)),
+        (triangle_project, ("project_operands", "find_operand_amaxes")),
+        (triangle_output, ("project_output",)),
         (triangle_output_backward, ("make_gradients",)),
         (triangle_project_backward, ("project_backward",)),
     ):

@@ -37,6 +37,7 @@ from transformer_engine_batched.kernels import (
 )
 from transformer_engine_batched.kernels.triangle_project import (
     can_project,
+    check_operands,
     find_operand_amaxes,
     project_operands,
 )
@@ -235,7 +236,7 @@ class TestRefusals:
     def test_sizes(self, case, match):
         data = make_data(case)
         with pytest.raises(ValueError, match=match):
-            project_operands(*inputs(data), mode="outgoing")
+            check_operands(*inputs(data))
 
     def test_parameters(self):
         data = make_data(SMALL)
@@ -257,14 +258,17 @@ class TestRefusals:
             ({"fp8_dtype": "e4m3"}, "FP8 operands need `scales`, or `amaxes`"),
             ({"scales": torch.ones(2)}, "`scales` came without fp8_dtype"),
             ({"turned": True}, "turned ones with FP8 only"),
-            ({"mask": torch.ones(1, 4, 5)}, r"`mask` must be \[1, 17, 17\]"),
         ],
     )
     def test_options(self, changes, match):
-        data = make_data(SMALL)
-        arguments = dict(zip(("z", "norm", "projection", "mask"), inputs(data)))
         with pytest.raises(ValueError, match=match):
-            project_operands(**(arguments | {"mode": "outgoing"} | changes))
+            project_operands(*inputs(make_data(SMALL)), **({"mode": "outgoing"} | changes))
+
+    def test_shapes(self):
+        data = make_data(SMALL)
+        check_operands(*inputs(data))
+        with pytest.raises(ValueError, match=r"`mask` must be \[1, 17, 17\]"):
+            check_operands(*inputs(data._replace(mask=torch.ones(1, 4, 5))))
 
 
 @pytest.mark.parametrize("out_type", ("NONE", "E4M3", "E5M2", "BF16"))

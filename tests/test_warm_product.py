@@ -27,7 +27,8 @@ from transformer_engine_batched import (
     quantized_operand,
     warm_product,
 )
-from transformer_engine_batched.te_interop import has_amax_reduction, make_stateless_quantizers
+from transformer_engine_batched.te_interop.quantizers import has_amax_reduction
+from transformer_engine_batched.te_interop.recipes import make_stateless_quantizers
 
 
 def test_interpreted():

@@ -34,7 +34,7 @@ from .module import BatchedMatmul, bmm
 from .plan import limit_sms
 from .quantization_error import QuantizationError, quantization_error
 from .quantize import quantize
-from .quantized_bmm import disable_quantized_bmm, enable_quantized_bmm
+from .quantized_bmm.switch import disable_quantized_bmm, enable_quantized_bmm
 from .triangle import TriangleMultiplication
 
 _plugin.attach()

@@ -12,6 +12,7 @@ from typing import Callable, ContextManager, NamedTuple, Optional, Union
 
 import torch
 from torch.autograd import forward_ad
+from transformer_engine.pytorch.quantized_tensor import Quantizer
 
 from . import autotuning
 from .emulation import Emulation, current_emulation, emulate
@@ -29,15 +30,8 @@ from .quantized_operand import (
     quantize_operand,
     trim,
 )
-from .te_interop import (
-    HIGH_PRECISION_DTYPES,
-    Codes,
-    Quantizer,
-    cast_settings,
-    has_amax_reduction,
-    is_quantized,
-    logical_shape,
-)
+from .te_interop.quantizers import cast_settings, has_amax_reduction
+from .te_interop.tensors import HIGH_PRECISION_DTYPES, Codes, is_quantized, logical_shape
 from .warm_product import ALIGNMENT, SavedParts, WarmProduct
 
 
@@ -135,15 +129,15 @@ def _attach_tensors(tensors: tuple, hollow: Optional[tuple]) -> Optional[tuple[i
     return rows, cols, Copy(codes._replace(data=tensors[0], scale_inv=tensors[1]), transposed)
 
 
-def _current_state() -> tuple[Emulation, bool]:
+def current_switches() -> tuple[Emulation, bool]:
     """The switches that a backward needs as they were in forward."""
     return current_emulation(), autotuning.is_active()
 
 
-def _as_in_forward(state: tuple[Emulation, bool]) -> ContextManager[None]:
-    """A context with the switches of `_current_state`."""
+def with_switches(state: tuple[Emulation, bool]) -> ContextManager[None]:
+    """A context with the switches of `current_switches`."""
     # Backward runs in threads of autograd's own, which do not see the switches of the forward's thread.
-    if state == _current_state():
+    if state == current_switches():
         return nullcontext()
     emulation, is_autotuning = state
     stack = ExitStack()
@@ -170,7 +164,7 @@ class _BatchedMatmul(torch.autograd.Function):
         needs_a, needs_b = ctx.needs_input_grad[:2]
         out, tensors, *kept = multiply(a, b, out_dtype, quantization, needs_a, needs_b, out_strides)
         ctx.save_for_backward(*tensors)
-        ctx.kept = (*kept, quantization, _current_state())
+        ctx.kept = (*kept, quantization, current_switches())
         return out
 
     @staticmethod
@@ -178,8 +172,8 @@ class _BatchedMatmul(torch.autograd.Function):
         # pylint: disable=missing-function-docstring
         *kept, state = ctx.kept
         arguments = (grad_output, ctx.saved_tensors, *kept)
-        if torch.is_grad_enabled() or state != _current_state():
-            with torch.no_grad(), _as_in_forward(state):
+        if torch.is_grad_enabled() or state != current_switches():
+            with torch.no_grad(), with_switches(state):
                 grads = _run_backward(*arguments)
         else:
             grads = _run_backward(*arguments)

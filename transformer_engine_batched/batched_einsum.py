@@ -18,7 +18,8 @@ from .errors import UnsupportedError
 from .memory_layout import Strides
 from .module import check_operands, quantize_without_state, run_between_graphs
 from .recipe_module import RecipeModule
-from .te_interop import active_recipe, is_quantized, nominal_dtype
+from .te_interop.recipes import active_recipe
+from .te_interop.tensors import is_quantized, nominal_dtype
 
 _NOT_TRACED = "einsum is not traced"
 

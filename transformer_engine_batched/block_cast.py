@@ -14,7 +14,7 @@ import torch
 
 from .emulation import current_emulation
 from .operands import round_up
-from .plan import describe_device
+from .plan import current_sm_count, describe_device
 from .reference import blockwise as reference
 from .support import find_block_caster
 
@@ -219,6 +219,7 @@ def cast_blocks(
                 amax_epsilon=epsilon,
                 power_of_two=power_of_two,
                 aligned_scales=aligned_scales,
+                max_programs=current_sm_count(x.get_device()) if x.is_cuda else 0,
             )
         rule = {"square": square, "amax_epsilon": epsilon, "power_of_two": power_of_two}
         copies = []

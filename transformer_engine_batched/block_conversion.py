@@ -17,7 +17,7 @@ import torch
 
 from .errors import UnsupportedError
 from .operands import round_up
-from .te_interop import Codes
+from .te_interop.tensors import Codes
 
 _BLOCK = 128
 _MX_BLOCK = 32

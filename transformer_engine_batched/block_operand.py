@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple, Optional
 import torch
 
 from .operands import Operand, contiguous_strides
-from .te_interop import Codes
+from .te_interop.tensors import Codes
 
 BLOCK = 128
 

@@ -18,7 +18,7 @@ from .kernels import blockwise_gemm
 from .launch import _apply_epilogue
 from .operands import Operand, contiguous_strides, fold_batch, round_up
 from .reference.product import TORCH_DTYPES
-from .te_interop import Codes
+from .te_interop.tensors import Codes
 
 # What turns a buffer that came into one that the kernel reads.
 Copy = Callable[[torch.Tensor], torch.Tensor]

@@ -13,24 +13,21 @@ from functools import lru_cache
 from typing import Iterator, NamedTuple, Optional, Sequence
 
 import torch
+from transformer_engine.common.recipe import Recipe
 
 from . import emulation
-from .autograd import Quantization, _as_in_forward, compute_gradients, multiply
+from .autograd import Quantization, with_switches, compute_gradients, multiply
 from .emulation import Emulation, current_emulation
 from .quantized_operand import Copy, CopyLayout, describe_copy
 from .sharded_product import is_sharded
-from .te_interop import (
-    HIGH_PRECISION_DTYPES,
-    Codes,
-    Recipe,
+from .te_interop.quantizers import decode_quantizer, encode_quantizer
+from .te_interop.recipes import (
     accumulator_settings,
     active_recipe,
-    decode_quantizer,
-    encode_quantizer,
     is_calibrating,
-    is_quantized,
     make_stateless_quantizers,
 )
+from .te_interop.tensors import HIGH_PRECISION_DTYPES, Codes, is_quantized
 
 _PLAIN = ""
 _NAMESPACE = "transformer_engine_batched"
@@ -284,7 +281,7 @@ def _matmul_backward(
     a_shape, b_shape = torch.Size(a_shape), torch.Size(b_shape)
     a_saved = (*a_shape[-2:], copies.pop(0)) if needs_b else None
     b_saved = (*b_shape[-2:], copies.pop(0)) if needs_a else None
-    with _as_in_forward((Emulation(emulated, force_reference), False)):
+    with with_switches((Emulation(emulated, force_reference), False)):
         grads = compute_gradients(
             grad_output,
             a_saved,

@@ -12,6 +12,7 @@ from typing import Callable, Optional
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformer_engine.common.recipe import Recipe
 
 from . import compiled_product
 from .autograd import Quantization, differentiable_matmul
@@ -19,18 +20,9 @@ from .errors import UnsupportedError
 from .gemm import bmm as multiply
 from .recipe_module import RecipeModule, check_recipe, is_stateless
 from .sharded_product import is_sharded, multiply_shards
-from .te_interop import (
-    HIGH_PRECISION_DTYPES,
-    Recipe,
-    accumulator_settings,
-    active_recipe,
-    is_quantized,
-    make_gradient_quantizer,
-    make_stateless_quantizers,
-    nominal_dtype,
-    quantizer_format,
-    quantizer_of,
-)
+from .te_interop.quantizers import make_gradient_quantizer, quantizer_format
+from .te_interop.recipes import accumulator_settings, active_recipe, make_stateless_quantizers
+from .te_interop.tensors import HIGH_PRECISION_DTYPES, is_quantized, nominal_dtype, quantizer_of
 
 
 class BatchedMatmul(RecipeModule):

@@ -19,7 +19,7 @@ from . import _C, autotuning
 from .kernels.memory import empty_strided
 from .native import to_native
 from .problem import Problem, element_bytes
-from .support import CPU, Device, scalar_scale_alignment
+from .support import CPU, Device, scalar_scale_alignment, supports_non_tn
 
 # TE gives cuBLAS 32 MiB on Hopper and later (pytorch/cpp_extensions/gemm.py); algorithms that want more
 # are not offered. Most of those offered want none, or 4 bytes for a tile counter.
@@ -41,6 +41,12 @@ def describe_device(device: torch.device) -> Device:
     return CPU if device.type == "cpu" else Device(device.type)
 
 
+def allows_strided_fp8(device: torch.device) -> bool:
+    """Whether a device multiplies per-tensor FP8 operands whose contracted dim is strided."""
+    # A CPU stands for the device whose tensors it mimics, Hopper, where only TN runs.
+    return supports_non_tn("float8", describe_device(device))
+
+
 @lru_cache(maxsize=None)
 def _num_sms(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
@@ -53,8 +59,8 @@ _sm_limit: ContextVar[int] = ContextVar("transformer_engine_batched_sm_limit", d
 def limit_sms(count: int) -> Iterator[None]:
     """Leaves streaming multiprocessors (SMs) to others, e.g. to communication kernels.
 
-    Products launched inside are planned for `count` SMs of the device. Outside, TE's environment variable
-    ``NVTE_EXT_MARGIN_SM`` holds: the number of SMs to leave free.
+    Products, and casts with block scales, launched inside are planned for `count` SMs of the device. Outside, TE's
+    environment variable ``NVTE_EXT_MARGIN_SM`` holds: the number of SMs to leave free.
 
     Parameters
     ----------

@@ -12,7 +12,7 @@ import torch
 
 from .kernels.block_layout import BLOCK
 from .quantized_operand import dequantize
-from .te_interop import is_quantized
+from .te_interop.tensors import is_quantized
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ of products.
 from __future__ import annotations
 
 import torch
+from transformer_engine.pytorch.quantized_tensor import Quantizer
 
 from .emulation import current_emulation
 from .errors import UnsupportedError
@@ -15,7 +16,8 @@ from .plan import describe_device
 from .reference import blockwise as reference_blockwise
 from .reference import quantizers as reference_quantizers
 from .support import FORMAT_TITLES, find_native_quantizer
-from .te_interop import Quantizer, is_quantized, is_quantizer, quantizer_format
+from .te_interop.quantizers import is_quantizer, quantizer_format
+from .te_interop.tensors import is_quantized
 
 
 def quantize(x: torch.Tensor, quantizer: Quantizer) -> torch.Tensor:

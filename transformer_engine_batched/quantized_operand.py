@@ -15,33 +15,35 @@ from functools import lru_cache
 from typing import Callable, NamedTuple, Optional
 
 import torch
+from transformer_engine.pytorch.quantized_tensor import Quantizer
 
 from .block_cast import cast_blocks, describe_block_codes, describe_block_scales
 from .emulation import Emulation, current_emulation
-from .gemm import decode_codes
+from .operand_conversion import decode_codes
 from .operands import round_up
 from .plan import describe_device
 from .quantize import quantize
 from .reference.product import TORCH_DTYPES
 from .support import find_native_quantizer, supports_non_tn
-from .te_interop import (
-    HIGH_PRECISION_DTYPES,
-    Codes,
-    Quantizer,
+from .te_interop.quantizers import (
     block_scaling_options,
     cast_settings,
     copy_quantizer,
     current_scaling_group,
     current_scaling_options,
     describe_buffers,
-    has_rowwise_copy,
     has_square_blocks,
     is_delayed_quantizer,
+    quantizer_format,
+    quantizer_fp8_dtype,
+)
+from .te_interop.tensors import (
+    HIGH_PRECISION_DTYPES,
+    Codes,
+    has_rowwise_copy,
     is_quantized,
     logical_shape,
     nominal_dtype,
-    quantizer_format,
-    quantizer_fp8_dtype,
     quantizer_of,
     read_codes,
 )

@@ -10,25 +10,27 @@ from __future__ import annotations
 from typing import List, Optional
 
 import torch
+from transformer_engine.common.recipe import Recipe
+from transformer_engine.pytorch.module.base import TransformerEngineBaseModule
+from transformer_engine.pytorch.quantization import QuantizerRole
 
 from .autograd import Quantization
 from .errors import UnsupportedError
-from .te_interop import (
-    QuantizerRole,
-    Recipe,
-    TransformerEngineBaseModule,
-    accumulator_settings,
+from .te_interop.modules import (
     enter_forward,
-    has_other_format,
     leave_forward,
     meta_without_registration,
     point_history_buffers,
-    recipe_states_on,
-    remake_quantizers,
-    set_current_scaling_options,
     takes_first_module_turn,
     update_backward_scales,
     without_cuda,
+)
+from .te_interop.recipes import (
+    accumulator_settings,
+    has_other_format,
+    recipe_states_on,
+    remake_quantizers,
+    set_current_scaling_options,
 )
 
 # No recipe is this one.

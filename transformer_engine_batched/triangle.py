@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from typing import Callable, NamedTuple, Optional
 
 import torch
+from transformer_engine.common.recipe import Recipe
 
 from . import triangle_weights
 from .autograd import Quantization, differentiable_matmul
@@ -23,12 +24,8 @@ from .module import run_between_graphs
 from .plan import describe_device
 from .recipe_module import RecipeModule
 from .support import Device
-from .te_interop import (
-    HIGH_PRECISION_DTYPES,
-    Recipe,
-    make_quantizer_of_scale,
-    quantizer_fp8_dtype,
-)
+from .te_interop.quantizers import make_quantizer_of_scale, quantizer_fp8_dtype
+from .te_interop.tensors import HIGH_PRECISION_DTYPES
 from .triangle_autograd import PARAMETERS, Settings, multiply_triangle
 from .triangle_bounds import bound_scales
 

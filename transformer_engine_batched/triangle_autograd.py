@@ -18,17 +18,16 @@ from typing import NamedTuple, Optional
 
 import torch
 from torch.autograd import forward_ad
+from transformer_engine.pytorch.quantized_tensor import Quantizer
 
-from .autograd import Quantization, _as_in_forward, _current_state
+from .autograd import Quantization, with_switches, current_switches
 from .gemm import multiply_codes
-from .te_interop import (
-    HIGH_PRECISION_DTYPES,
-    Codes,
-    Quantizer,
+from .te_interop.quantizers import (
     current_scaling_options,
     is_delayed_quantizer,
     quantizer_fp8_dtype,
 )
+from .te_interop.tensors import HIGH_PRECISION_DTYPES, Codes
 
 # Order of the parameters as `multiply_triangle` takes them and gives their gradients.
 PARAMETERS = tuple(
@@ -108,7 +107,7 @@ class _TriangleMultiplication(torch.autograd.Function):
         needs_z, needs_parameters = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         ctx.needs_operands = needs_z or any(needs_parameters[:_NUM_INPUT_PARAMETERS])
         ctx.settings = settings
-        ctx.state = _current_state()
+        ctx.state = current_switches()
         found = _compute(z, mask, parameters, settings, ctx.needs_operands)
         ctx.save_for_backward(found.z, mask, found.c, *found.operands, *parameters)
         return found.out
@@ -116,7 +115,7 @@ class _TriangleMultiplication(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor) -> tuple:
         # pylint: disable=missing-function-docstring
-        with torch.no_grad(), _as_in_forward(ctx.state):
+        with torch.no_grad(), with_switches(ctx.state):
             grads = _compute_gradients(ctx, grad_output.contiguous())
             if ctx.settings.quantization.after_backward is not None:
                 ctx.settings.quantization.after_backward()

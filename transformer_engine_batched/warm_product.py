@@ -13,6 +13,7 @@ import math
 from typing import Hashable, NamedTuple, Optional, Sequence
 
 import torch
+from transformer_engine.pytorch.quantized_tensor import Quantizer
 
 from . import _C
 from .errors import UnsupportedError
@@ -22,7 +23,7 @@ from .launch import Launch
 from .memory_layout import Strides, arrange
 from .operands import broadcast_shapes, round_up
 from .quantized_operand import Copy, FusedCast
-from .te_interop import Codes, Quantizer
+from .te_interop.tensors import Codes
 
 # Bytes up to which cuBLASLt's choice of an algorithm depends on addresses (csrc/plan.cpp).
 ALIGNMENT = 256

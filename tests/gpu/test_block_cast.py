@@ -92,6 +92,37 @@ def test_both_kernels(monkeypatch, tile):
     block_quantize._make_plan.cache_clear()
 
 
+@pytest.mark.usefixtures("filled_memory")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("square", (False, True))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_fewer_programs_than_tiles(layout, square, dtype):
+    options = {"square": square, "rowwise": layout[0], "transposed": layout[1]}
+    for shape in ((3, 256, 512), (2, 389, 712)):
+        x = torch.randn(shape, device="cuda").to(dtype)
+        expected = quantize_blocks(x, "e4m3", **options)
+        for limit in (1, 7):
+            made = quantize_blocks(x, "e4m3", max_programs=limit, **options)
+            for copy, same in zip(filter(None, made), filter(None, expected)):
+                assert torch.equal(copy.codes, same.codes)
+                assert torch.equal(bits(copy.scale_inv), bits(same.scale_inv))
+
+
+@pytest.mark.parametrize("cast", (teb.per_token_cast_to_fp8, teb.per_block_cast_to_fp8))
+def test_sm_limit(cast, monkeypatch):
+    grids = []
+
+    def find_recorder(tile):
+        return lambda num_programs, *others: grids.append(num_programs)
+
+    monkeypatch.setattr(block_quantize, "_launch_kernel", find_recorder)
+    x = torch.randn(2, 389, 712, device="cuda")
+    with teb.limit_sms(5):
+        cast(x, with_transpose=True)
+    cast(x, with_transpose=True)
+    assert grids == [5, 2 * 4 * 6]
+
+
 @pytest.mark.skipif(
     torch.cuda.get_device_capability() != (9, 0), reason="TE keeps 128-blocks on Hopper only"
 )

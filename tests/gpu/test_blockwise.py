@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 import transformer_engine.pytorch as te
-from accuracy import assert_accurate
-from block_data import make_block_sides
-from blockwise_cases import KERNEL_BOUNDS_DB
+from accuracy import assert_accurate, sqnr_per_item
+from block_data import make_block_sides, numbers
+from blockwise_cases import KERNEL_BOUNDS_DB, add_as_tensor_cores
 from products import FP8
 from test_against_te import inputs
 from transformer_engine.common.recipe import Float8BlockScaling
@@ -19,6 +19,9 @@ from transformer_engine_batched.reference import blockwise
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Against FP64 of the original normal data, E4M3 x E4M3: 28.3 dB with scales that are powers of two, 28.5 with others.
 END_TO_END_DB = 28.0
+# Measured on an H200: 0.01 to 3 dB above the simulation, which cuts each sum once more than the tensor cores may do, and does
+# not know that blocks of scales which cross items cut K elsewhere.
+SIMULATION_SLACK_DB = 1.0
 # TE's kernel for 128 x 128 blocks makes no column-wise copy alone.
 USAGES = {1: ((True, False), (False, True), (True, True)), 2: ((True, False), (True, True))}
 
@@ -96,9 +99,14 @@ def test_quantize_takes_tes_kernel():
 def test_products_of_te_tensors(layout, dims, sizes):
     """TE's tensors as they are on the kernel: all pairs of blocks, also where they cross items."""
     a, b, expected = make_sides(layout, *sizes, dims, (3,))
+    # Magnitudes differ along K, so that the small ones lose bits: the tensor cores' arithmetic says how many.
+    a64, b64 = numbers(a, layout[0] == "T"), numbers(b, layout[1] == "N")
+    a64, b64 = a64 if layout[0] == "T" else a64.mT, b64 if layout[1] == "N" else b64.mT
+    simulated = sqnr_per_item(add_as_tensor_cores(b64, a64), expected).min().item()
+    bounds = {**KERNEL_BOUNDS_DB, torch.float32: simulated - SIMULATION_SLACK_DB}
     for dtype in (torch.float32, torch.bfloat16):
         out = teb.batched_general_gemm(a, b, layout=layout, out_dtype=dtype)
-        assert_accurate(out, expected, KERNEL_BOUNDS_DB[out.dtype])
+        assert_accurate(out, expected, bounds[dtype])
 
 
 @pytest.mark.parametrize(

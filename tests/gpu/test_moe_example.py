@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_moe_example import check_gradients, check_training, moe_fp8
+from moe_checks import check_gradients, check_training, moe_fp8
 
 DEVICE = torch.device("cuda")
 

@@ -13,11 +13,11 @@ from products import dequantize, make_quantizer
 from transformer_engine.common.recipe import Float8CurrentScaling
 
 import transformer_engine_batched as teb
-from transformer_engine_batched.quantized_bmm import (
-    TransposedView,
+from transformer_engine_batched.quantized_bmm.switch import (
     disable_quantized_bmm,
     enable_quantized_bmm,
 )
+from transformer_engine_batched.quantized_bmm.transposed_view import TransposedView
 
 KINDS = ("current", "delayed")
 # Rounding of BF16 output and Hopper's accumulation, as in test_products.py.

@@ -74,7 +74,7 @@ class BlockCodes(NamedTuple):
 class Plan(NamedTuple):
     """All that a launch needs to know of a tensor's dimensions."""
 
-    num_programs: int
+    num_tiles: int
     num_rows: int
     num_cols: int
     row_stride: int
@@ -110,6 +110,7 @@ def quantize_blocks(
     amax_epsilon: float = 0.0,
     power_of_two: bool = False,
     aligned_scales: bool = False,
+    max_programs: int = 0,
 ) -> tuple[Optional[BlockCodes], Optional[BlockCodes]]:
     """``codes = fp8(x * scale)``, ``scale = fp8_max / max(amax, amax_epsilon)``, ``scale_inv = 1 / scale`` per block.
 
@@ -138,6 +139,8 @@ def quantize_blocks(
         Scales as TE and cuBLAS want them: of 1 x 128 blocks with the row as the contiguous dim over the
         whole batch ("M-major"), of 128 x 128 with the block as the contiguous one; steps of the other dim
         are multiples of 16 bytes. Otherwise contiguous.
+    max_programs : int, default = 0
+        Programs at most, and so streaming multiprocessors; 0 for no limit.
 
     Returns
     -------
@@ -167,7 +170,8 @@ def quantize_blocks(
         raise ValueError(f'fp8_dtype must be "e4m3" or "e5m2" and came as {fp8_dtype!r}')
     description = (x.shape, x.stride(), x.dtype, x.is_cuda)
     rule = (fp8_dtype, amax_epsilon, power_of_two)
-    return _launch(x, _make_plan(*description, square, rowwise, transposed, aligned_scales), *rule)
+    plan = _make_plan(*description, square, rowwise, transposed, aligned_scales)
+    return _launch(x, plan, *rule, max_programs)
 
 
 @lru_cache(maxsize=4096)
@@ -199,7 +203,7 @@ def _make_plan(
     what = "both" if rowwise and transposed else "rowwise" if rowwise else "transposed"
     tile = TILES[square, what] if tile is None else tile
     plan = Plan(
-        num_programs=0,
+        num_tiles=0,
         num_rows=rows,
         num_cols=cols,
         row_stride=0,
@@ -225,7 +229,7 @@ def _make_plan(
         # Rows do not know of each other: those of all items are one matrix, in every layout of scales.
         rows, num_items, batch_stride = num_items * rows, 1, 0
     return plan._replace(
-        num_programs=num_items * -(-rows // tile.rows) * -(-cols // BLOCK),
+        num_tiles=num_items * -(-rows // tile.rows) * -(-cols // BLOCK),
         num_rows=rows,
         row_stride=row_stride,
         batch_stride=batch_stride,
@@ -248,12 +252,19 @@ def _allocate(x: torch.Tensor, layout: Optional[Layout]) -> tuple:
 
 
 def _launch(
-    x: torch.Tensor, plan: Plan, fp8_dtype: str, amax_epsilon: float, power_of_two: bool
+    x: torch.Tensor,
+    plan: Plan,
+    fp8_dtype: str,
+    amax_epsilon: float,
+    power_of_two: bool,
+    max_programs: int = 0,
 ) -> tuple[Optional[BlockCodes], Optional[BlockCodes]]:
     """Allocates the outputs and launches the kernel."""
     codes, scales, first = _allocate(x, plan.rowwise)
     turned, turned_scales, second = _allocate(x, plan.transposed)
-    if plan.num_programs:
+    if plan.num_tiles:
+        num_programs = min(plan.num_tiles, max_programs or plan.num_tiles)
+        is_limited = num_programs < plan.num_tiles
         none = (0, 0, 0, 0, 0)
         is_e5m2 = fp8_dtype == "e5m2"
         arguments = (
@@ -261,11 +272,11 @@ def _launch(
             plan.num_rows, plan.num_cols, plan.row_stride, plan.batch_stride,
             *(plan.rowwise.strides if plan.rowwise else none),
             *(plan.transposed.strides if plan.transposed else none),
-            amax_epsilon, torch.finfo(x.dtype).max, power_of_two, is_e5m2, plan.square, plan.is_even,
-            plan.tile.rows,
+            plan.num_tiles, amax_epsilon, torch.finfo(x.dtype).max,
+            power_of_two, is_e5m2, plan.square, plan.is_even, plan.tile.rows, is_limited,
         )  # fmt: skip
-        key = (plan, x.dtype, x.data_ptr() % 16, x.get_device(), power_of_two, is_e5m2)
-        _launch_kernel(plan.tile)(plan.num_programs, arguments, key, plan.tile.num_warps)
+        key = (plan, x.dtype, x.data_ptr() % 16, x.get_device(), power_of_two, is_e5m2, is_limited)
+        _launch_kernel(plan.tile)(num_programs, arguments, key, plan.tile.num_warps)
     return first, second
 
 
@@ -306,7 +317,7 @@ def _store_scales(ptr, scale, rows, num_rows, stride, EVEN: tl.constexpr):
         tl.store(pointers, scale_inv, mask=rows < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles"])
 def _quantize_kernel(
     x_ptr,
     codes_ptr,
@@ -327,6 +338,7 @@ def _quantize_kernel(
     turned_scales_item,
     turned_scales_row,
     turned_scales_block,
+    num_tiles,
     amax_epsilon,
     LARGEST: tl.constexpr,
     POWER_OF_2: tl.constexpr,
@@ -334,53 +346,64 @@ def _quantize_kernel(
     SQUARE: tl.constexpr,
     EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
+    IS_LIMITED: tl.constexpr,
 ):
-    """A program casts BLOCK_ROWS x 128 elements; 128 x 128 where a block or the transpose asks for it."""
-    FP8_MAX: tl.constexpr = 57344.0 if E5M2 else 448.0
-    program = tl.program_id(0)
-    tiles_per_row = tl.cdiv(num_cols, 128)
-    tiles_per_item = tl.cdiv(num_rows, BLOCK_ROWS) * tiles_per_row
-    item = (program // tiles_per_item).to(tl.int64)
-    tile = program % tiles_per_item
-    row_tile = tile // tiles_per_row
-    block = tile % tiles_per_row
-    rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    cols = block * 128 + tl.arange(0, 128)
-    x = load_tile(x_ptr + item * batch_stride, rows, cols, num_rows, num_cols, row_stride, EVEN)
-    values = x.to(tl.float32)
-    if codes_ptr is not None:
-        codes_ptr += item * codes_item
-        scales_ptr += item * scales_item + block.to(tl.int64) * scales_block
-    if turned_ptr is not None:
-        turned_ptr += item * turned_item
-        turned_scales_ptr += item * turned_scales_item + row_tile.to(tl.int64) * turned_scales_block
+    """Casts tiles of BLOCK_ROWS x 128 elements; 128 x 128 where a block or the transpose asks for it.
 
-    if SQUARE:
-        tl.static_assert(BLOCK_ROWS == 128)
-        scale = _scale_of(tl.max(tl.abs(values)), amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
-        scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
+    A program has one of them, or where they are limited each so many.
+    """
+    FP8_MAX: tl.constexpr = 57344.0 if E5M2 else 448.0
+    # The compiler removes a loop that it sees to run once.
+    count = tl.cdiv(num_tiles - tl.program_id(0), tl.num_programs(0)) if IS_LIMITED else 1
+    for step in range(count):
+        index = tl.program_id(0) + step * tl.num_programs(0)
+        tiles_per_row = tl.cdiv(num_cols, 128)
+        tiles_per_item = tl.cdiv(num_rows, BLOCK_ROWS) * tiles_per_row
+        item = (index // tiles_per_item).to(tl.int64)
+        tile = index % tiles_per_item
+        row_tile = tile // tiles_per_row
+        block = tile % tiles_per_row
+        rows = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+        cols = block * 128 + tl.arange(0, 128)
+        x = load_tile(x_ptr + item * batch_stride, rows, cols, num_rows, num_cols, row_stride, EVEN)
+        values = x.to(tl.float32)
         if codes_ptr is not None:
-            codes = encode(values, scale, E5M2)
-            _store_codes(codes_ptr, codes, rows, cols, num_rows, num_cols, codes_row, EVEN)
-            tl.store(scales_ptr + row_tile.to(tl.int64) * scales_row, scale_inv)
+            codes_base = codes_ptr + item * codes_item
+            scales_base = scales_ptr + item * scales_item + block.to(tl.int64) * scales_block
         if turned_ptr is not None:
-            turned = tl.trans(encode(values, scale, E5M2))
-            _store_codes(turned_ptr, turned, cols, rows, num_cols, num_rows, turned_row, EVEN)
-            tl.store(turned_scales_ptr + block.to(tl.int64) * turned_scales_row, scale_inv)
-    else:
-        if codes_ptr is not None:
-            amax = tl.max(tl.abs(values), axis=1)
-            scale = _scale_of(amax, amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
-            codes = encode(values, scale[:, None], E5M2)
-            _store_codes(codes_ptr, codes, rows, cols, num_rows, num_cols, codes_row, EVEN)
-            _store_scales(scales_ptr, scale, rows, num_rows, scales_row, EVEN)
-        if turned_ptr is not None:
+            turned_base = turned_ptr + item * turned_item
+            turned_scales_base = (
+                turned_scales_ptr
+                + item * turned_scales_item
+                + row_tile.to(tl.int64) * turned_scales_block
+            )
+
+        if SQUARE:
             tl.static_assert(BLOCK_ROWS == 128)
-            amax = tl.max(tl.abs(values), axis=0)
-            scale = _scale_of(amax, amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
-            turned = tl.trans(encode(values, scale[None, :], E5M2))
-            _store_codes(turned_ptr, turned, cols, rows, num_cols, num_rows, turned_row, EVEN)
-            _store_scales(turned_scales_ptr, scale, cols, num_cols, turned_scales_row, EVEN)
+            scale = _scale_of(tl.max(tl.abs(values)), amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
+            scale_inv = tl.div_rn(tl.full((), 1.0, tl.float32), scale)
+            if codes_ptr is not None:
+                codes = encode(values, scale, E5M2)
+                _store_codes(codes_base, codes, rows, cols, num_rows, num_cols, codes_row, EVEN)
+                tl.store(scales_base + row_tile.to(tl.int64) * scales_row, scale_inv)
+            if turned_ptr is not None:
+                turned = tl.trans(encode(values, scale, E5M2))
+                _store_codes(turned_base, turned, cols, rows, num_cols, num_rows, turned_row, EVEN)
+                tl.store(turned_scales_base + block.to(tl.int64) * turned_scales_row, scale_inv)
+        else:
+            if codes_ptr is not None:
+                amax = tl.max(tl.abs(values), axis=1)
+                scale = _scale_of(amax, amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
+                codes = encode(values, scale[:, None], E5M2)
+                _store_codes(codes_base, codes, rows, cols, num_rows, num_cols, codes_row, EVEN)
+                _store_scales(scales_base, scale, rows, num_rows, scales_row, EVEN)
+            if turned_ptr is not None:
+                tl.static_assert(BLOCK_ROWS == 128)
+                amax = tl.max(tl.abs(values), axis=0)
+                scale = _scale_of(amax, amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
+                turned = tl.trans(encode(values, scale[None, :], E5M2))
+                _store_codes(turned_base, turned, cols, rows, num_cols, num_rows, turned_row, EVEN)
+                _store_scales(turned_scales_base, scale, cols, num_cols, turned_scales_row, EVEN)
 
 
 class _Limited:

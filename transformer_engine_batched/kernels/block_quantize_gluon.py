@@ -36,7 +36,7 @@ def _encode(values, E5M2: gl.constexpr):
     return values.to(gl.float8e4nv).to(gl.uint8, bitcast=True)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_tiles"])
 def quantize_kernel(
     x_ptr,
     codes_ptr,
@@ -57,6 +57,7 @@ def quantize_kernel(
     turned_scales_item,
     turned_scales_row,
     turned_scales_block,
+    num_tiles,
     amax_epsilon,
     LARGEST: gl.constexpr,
     POWER_OF_2: gl.constexpr,
@@ -64,8 +65,9 @@ def quantize_kernel(
     SQUARE: gl.constexpr,
     EVEN: gl.constexpr,
     BLOCK_ROWS: gl.constexpr,
+    IS_LIMITED: gl.constexpr,
 ):
-    """A program casts 128 x 128 elements."""
+    """Casts tiles of 128 x 128 elements: one for a program, or where programs are limited each so many."""
     gl.static_assert(BLOCK_ROWS == 128)
     FP8_MAX: gl.constexpr = 57344.0 if E5M2 else 448.0
     WARPS: gl.constexpr = gl.num_warps()
@@ -76,88 +78,93 @@ def quantize_kernel(
     PER_ROW: gl.constexpr = gl.SliceLayout(1, TILE)
     PER_COL: gl.constexpr = gl.SliceLayout(0, TILE)
 
-    program = gl.program_id(0)
     tiles_per_row = (num_cols + 127) // 128
     tiles_per_item = (num_rows + 127) // 128 * tiles_per_row
-    item = (program // tiles_per_item).to(gl.int64)
-    tile = program % tiles_per_item
-    row_block = (tile // tiles_per_row).to(gl.int64)
-    col_block = (tile % tiles_per_row).to(gl.int64)
-    first_row = row_block * 128
-    first_col = col_block * 128
-
     # Within a tile, offsets fit 32 bits: see `_make_plan`.
     rows = gl.arange(0, 128, PER_ROW)
     cols = gl.arange(0, 128, PER_COL)
     line = gl.arange(0, 128, LINE)
-    is_inside = (first_row + rows < num_rows)[:, None] & (first_col + cols < num_cols)[None, :]
-    pointers = x_ptr + item * batch_stride + first_row * row_stride + first_col
-    pointers += rows[:, None] * row_stride + cols[None, :]
-    if EVEN:
-        x = gl.load(pointers)
-    else:
-        x = gl.load(pointers, mask=is_inside, other=0.0)
-    values = x.to(gl.float32)
+    # The compiler removes a loop that it sees to run once.
+    count = gl.cdiv(num_tiles - gl.program_id(0), gl.num_programs(0)) if IS_LIMITED else 1
+    for step in range(count):
+        index = gl.program_id(0) + step * gl.num_programs(0)
+        item = (index // tiles_per_item).to(gl.int64)
+        tile = index % tiles_per_item
+        row_block = (tile // tiles_per_row).to(gl.int64)
+        col_block = (tile % tiles_per_row).to(gl.int64)
+        first_row = row_block * 128
+        first_col = col_block * 128
 
-    if codes_ptr is not None:
-        scales_ptr += item * scales_item
-    if turned_ptr is not None:
-        turned_scales_ptr += item * turned_scales_item
-
-    if SQUARE:
-        amax = gl.max(gl.max(gl.abs(values), 1), 0)
-        scale = _scale_of(amax, amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
-        scale_inv = gl.div_rn(gl.to_tensor(1.0), scale)
-        codes = _encode(values * scale, E5M2)
-        if codes_ptr is not None:
-            gl.store(scales_ptr + row_block * scales_row + col_block * scales_block, scale_inv)
-        if turned_ptr is not None:
-            gl.store(
-                turned_scales_ptr + col_block * turned_scales_row + row_block * turned_scales_block,
-                scale_inv,
-            )
-    elif codes_ptr is not None:
-        amax = gl.convert_layout(gl.max(gl.abs(values), 1), LINE)
-        scale = _scale_of(amax, amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
-        gl.store(
-            scales_ptr + col_block * scales_block + (first_row + line) * scales_row,
-            gl.div_rn(gl.to_tensor(1.0), scale),
-            mask=first_row + line < num_rows,
-        )
-        codes = _encode(values * gl.convert_layout(scale, PER_ROW)[:, None], E5M2)
-
-    if codes_ptr is not None:
-        pointers = codes_ptr + item * codes_item + first_row * codes_row + first_col
-        pointers += rows[:, None] * codes_row + cols[None, :]
+        is_inside = (first_row + rows < num_rows)[:, None] & (first_col + cols < num_cols)[None, :]
+        pointers = x_ptr + item * batch_stride + first_row * row_stride + first_col
+        pointers += rows[:, None] * row_stride + cols[None, :]
         if EVEN:
-            gl.store(pointers, codes)
+            x = gl.load(pointers)
         else:
-            gl.store(pointers, codes, mask=is_inside)
+            x = gl.load(pointers, mask=is_inside, other=0.0)
+        values = x.to(gl.float32)
 
-    if turned_ptr is not None:
+        if codes_ptr is not None:
+            scales_base = scales_ptr + item * scales_item
+        if turned_ptr is not None:
+            turned_scales_base = turned_scales_ptr + item * turned_scales_item
+
         if SQUARE:
-            # Always `scale`, which the compiler cannot know. Triton 3.6 stores a wrong transpose, the same at each
-            # run, where both copies are made from one conversion to FP8 (also `float8_quantize._cast_layouts`).
-            codes = _encode(values * gl.where(num_rows > 0, scale, 0.0), E5M2)
-        else:
-            amax = gl.convert_layout(gl.max(gl.abs(values), 0), LINE)
+            amax = gl.max(gl.max(gl.abs(values), 1), 0)
+            scale = _scale_of(amax, amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
+            scale_inv = gl.div_rn(gl.to_tensor(1.0), scale)
+            codes = _encode(values * scale, E5M2)
+            if codes_ptr is not None:
+                gl.store(scales_base + row_block * scales_row + col_block * scales_block, scale_inv)
+            if turned_ptr is not None:
+                gl.store(
+                    turned_scales_base
+                    + col_block * turned_scales_row
+                    + row_block * turned_scales_block,
+                    scale_inv,
+                )
+        elif codes_ptr is not None:
+            amax = gl.convert_layout(gl.max(gl.abs(values), 1), LINE)
             scale = _scale_of(amax, amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
             gl.store(
-                turned_scales_ptr
-                + row_block * turned_scales_block
-                + (first_col + line) * turned_scales_row,
+                scales_base + col_block * scales_block + (first_row + line) * scales_row,
                 gl.div_rn(gl.to_tensor(1.0), scale),
-                mask=first_col + line < num_cols,
+                mask=first_row + line < num_rows,
             )
-            codes = _encode(values * gl.convert_layout(scale, PER_COL)[None, :], E5M2)
-        turned = gl.convert_layout(gl.permute(codes, (1, 0)), TURNED)
-        turned_rows = gl.arange(0, 128, gl.SliceLayout(1, TURNED))
-        turned_cols = gl.arange(0, 128, gl.SliceLayout(0, TURNED))
-        pointers = turned_ptr + item * turned_item + first_col * turned_row + first_row
-        pointers += turned_rows[:, None] * turned_row + turned_cols[None, :]
-        if EVEN:
-            gl.store(pointers, turned)
-        else:
-            is_inside = (first_col + turned_rows < num_cols)[:, None]
-            is_inside = is_inside & (first_row + turned_cols < num_rows)[None, :]
-            gl.store(pointers, turned, mask=is_inside)
+            codes = _encode(values * gl.convert_layout(scale, PER_ROW)[:, None], E5M2)
+
+        if codes_ptr is not None:
+            pointers = codes_ptr + item * codes_item + first_row * codes_row + first_col
+            pointers += rows[:, None] * codes_row + cols[None, :]
+            if EVEN:
+                gl.store(pointers, codes)
+            else:
+                gl.store(pointers, codes, mask=is_inside)
+
+        if turned_ptr is not None:
+            if SQUARE:
+                # Always `scale`, which the compiler cannot know. Triton 3.6 stores a wrong transpose, the same at each
+                # run, where both copies are made from one conversion to FP8 (also `float8_quantize._cast_layouts`).
+                codes = _encode(values * gl.where(num_rows > 0, scale, 0.0), E5M2)
+            else:
+                amax = gl.convert_layout(gl.max(gl.abs(values), 0), LINE)
+                scale = _scale_of(amax, amax_epsilon, LARGEST, FP8_MAX, POWER_OF_2)
+                gl.store(
+                    turned_scales_base
+                    + row_block * turned_scales_block
+                    + (first_col + line) * turned_scales_row,
+                    gl.div_rn(gl.to_tensor(1.0), scale),
+                    mask=first_col + line < num_cols,
+                )
+                codes = _encode(values * gl.convert_layout(scale, PER_COL)[None, :], E5M2)
+            turned = gl.convert_layout(gl.permute(codes, (1, 0)), TURNED)
+            turned_rows = gl.arange(0, 128, gl.SliceLayout(1, TURNED))
+            turned_cols = gl.arange(0, 128, gl.SliceLayout(0, TURNED))
+            pointers = turned_ptr + item * turned_item + first_col * turned_row + first_row
+            pointers += turned_rows[:, None] * turned_row + turned_cols[None, :]
+            if EVEN:
+                gl.store(pointers, turned)
+            else:
+                is_turned_inside = (first_col + turned_rows < num_cols)[:, None]
+                is_turned_inside = is_turned_inside & (first_row + turned_cols < num_rows)[None, :]
+                gl.store(pointers, turned, mask=is_turned_inside)

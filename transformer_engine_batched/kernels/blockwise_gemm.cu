@@ -47,6 +47,7 @@
 
 constexpr int kBlockK = 128;
 constexpr int kMathThreads = 128 * MATH_GROUPS;
+constexpr int kMathWarps = kMathThreads / 32;
 constexpr int kThreads = kMathThreads + 128;
 constexpr int kGroupsM = MATH_GROUPS / GROUPS_N;
 // A warpgroup multiplies slabs of 64 rows, one after the other, into the same registers of products. Slabs of the
@@ -65,7 +66,7 @@ constexpr int kOffsetB = NUM_STAGES * kBytesA;
 constexpr int kOffsetScalesA = kOffsetB + NUM_STAGES * kBytesB;
 constexpr int kOffsetScalesB = kOffsetScalesA + NUM_STAGES * BLOCK_M * 4;
 constexpr int kOffsetStaging = (kOffsetScalesB + NUM_STAGES * kScalesB * 4 + 127) / 128 * 128;
-constexpr int kOffsetBarriers = kOffsetStaging + kMathThreads / 32 * kStagingBytes;
+constexpr int kOffsetBarriers = kOffsetStaging + kMathWarps * kStagingBytes;
 // Tiles under way at one time cover about this many rows of tiles, so that they share operands in the L2 cache.
 constexpr int kRasterRows = BLOCK_M >= 256 ? 8 : 16;
 // Of 512 in sum for the lanes of four warpgroups: 3 * 160 + 32. Three warpgroups start with 168 each: 2 * 224 + 56.
@@ -252,7 +253,7 @@ struct Ring {
 };
 
 __device__ __forceinline__ void load_operands(const Params& params, u32 shared, u32 full, u32 empty) {
-  const bool is_leader = threadIdx.x % 32 == 0;
+  const bool is_leader = elect_lane();
   Scheduler scheduler(params);
   Ring ring;
   for (Tile tile; scheduler.next(tile);) {
@@ -508,9 +509,7 @@ __device__ __forceinline__ void skip_blocks(const Place& place, int num_k_blocks
   }
 }
 
-__device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared, u32 full, u32 empty) {
-  // From lane 0, so that the compiler knows that a warp agrees on it.
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+__device__ __forceinline__ void multiply_tiles(const Params& params, int warp, u32 shared, u32 full, u32 empty) {
   const int group = warp / 4;
   const int group_row = GROUPS_N == 1 ? group * 64 : 0;
   const int group_col = GROUPS_N == 1 ? 0 : group * kGroupCols;
@@ -553,20 +552,23 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) multiply_blockwise(con
   if (threadIdx.x == 0) {
     for (int i = 0; i < NUM_STAGES; ++i) {
       init_barrier(full + i * 8, 1 + 3 * 32);  // the copies of operands, and the lanes that copy scales
-      init_barrier(empty + i * 8, kMathThreads / 32);
+      init_barrier(empty + i * 8, kMathWarps);
     }
     publish_barriers();
   }
   __syncthreads();
-  if (threadIdx.x >= kMathThreads) {
-    give_registers<kLoadRegisters>();
-    const u32 warp = threadIdx.x / 32 - kMathThreads / 32;
-    if (warp == 0) load_operands(params, shared, full, empty);
-    if (warp == 1) load_scales<true, BLOCK_M / 64>(params, 0, shared, full, empty);
-    if (warp == 2) load_scales<true, BLOCK_M / 64>(params, BLOCK_M / 2, shared, full, empty);
-    if (warp == 3) load_scales<false, B_PER_COLUMN ? BLOCK_N / 32 : 1>(params, 0, shared, full, empty);
-  } else {
+  // From lane 0, so that the compiler knows that a warp agrees on it.
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  if (warp < kMathWarps) {
     take_registers<kMathRegisters>();
-    multiply_tiles(params, shared, full, empty);
+    multiply_tiles(params, warp, shared, full, empty);
+    return;
+  }
+  give_registers<kLoadRegisters>();
+  switch (warp - kMathWarps) {
+    case 0: return load_operands(params, shared, full, empty);
+    case 1: return load_scales<true, BLOCK_M / 64>(params, 0, shared, full, empty);
+    case 2: return load_scales<true, BLOCK_M / 64>(params, BLOCK_M / 2, shared, full, empty);
+    default: return load_scales<false, B_PER_COLUMN ? BLOCK_N / 32 : 1>(params, 0, shared, full, empty);
   }
 }

@@ -85,6 +85,7 @@ def _cast_pair_kernel(
     X_EVEN: tl.constexpr,
     X_MULTIPLE: tl.constexpr,
     X_NUM_PARTIALS: tl.constexpr,
+    X_WAITS: tl.constexpr,
     X_BLOCK_ROWS: tl.constexpr,
     X_BLOCK_COLS: tl.constexpr,
     y_programs,
@@ -98,6 +99,7 @@ def _cast_pair_kernel(
     Y_EVEN: tl.constexpr,
     Y_MULTIPLE: tl.constexpr,
     Y_NUM_PARTIALS: tl.constexpr,
+    Y_WAITS: tl.constexpr,
     Y_BLOCK_ROWS: tl.constexpr,
     Y_BLOCK_COLS: tl.constexpr,
 ):
@@ -107,11 +109,11 @@ def _cast_pair_kernel(
         _cast_tile(
             program, x_programs, x_ptr, x_codes_ptr, x_transposed_ptr, x_scale_ptr, x_amax_ptr, x_scale_inv_ptr,
             x_rows, x_cols, x_row_stride, x_batch_stride, x_amax_epsilon, X_POWER_OF_2, X_E5M2, X_EVEN,
-            X_MULTIPLE, X_NUM_PARTIALS, X_BLOCK_ROWS, X_BLOCK_COLS,
+            X_MULTIPLE, X_NUM_PARTIALS, X_WAITS, X_BLOCK_ROWS, X_BLOCK_COLS,
         )  # fmt: skip
     else:
         _cast_tile(
             program - x_programs, y_programs, y_ptr, y_codes_ptr, y_transposed_ptr, y_scale_ptr, y_amax_ptr,
             y_scale_inv_ptr, y_rows, y_cols, y_row_stride, y_batch_stride, y_amax_epsilon, Y_POWER_OF_2, Y_E5M2,
-            Y_EVEN, Y_MULTIPLE, Y_NUM_PARTIALS, Y_BLOCK_ROWS, Y_BLOCK_COLS,
+            Y_EVEN, Y_MULTIPLE, Y_NUM_PARTIALS, Y_WAITS, Y_BLOCK_ROWS, Y_BLOCK_COLS,
         )  # fmt: skip

@@ -164,12 +164,12 @@ class Cast(float8_quantize.Cast):
         self._is_empty = False
         self._codes = float8_quantize._describe(plan.rowwise_shape)
         self._transposed = float8_quantize._describe(plan.transposed_shape)
-        self.search = plan_search(*_by_stride(shape, strides))
+        self.search = plan_search(*_by_stride(shape, strides), device_index)
         self._find = bind_search(self.search)
         self._num_partials = self.search.num_programs
         self._casts = [
-            ((plan, _bind_cast(plan, scale_rule, fp8_dtype == "e5m2", num_partials)),)
-            for num_partials in (1, self._num_partials)
+            ((plan, _bind_cast(plan, scale_rule, fp8_dtype == "e5m2", num_partials, waits)),)
+            for num_partials, waits in ((1, False), (self._num_partials, self.search.is_awaited))
         ]
 
 
@@ -188,17 +188,17 @@ def _make_cast(
 
 
 def _bind_cast(
-    plan: Plan, scale_rule: tuple[float, bool], is_e5m2: bool, num_partials: int
+    plan: Plan, scale_rule: tuple[float, bool], is_e5m2: bool, num_partials: int, waits: bool
 ) -> BoundLaunch:
     """A launch that takes what `float8_quantize`'s does."""
     tile = plan.tile
     constants = (
         plan.num_rows, plan.num_cols, plan.channels.size, plan.inner.size, plan.row_stride, plan.col_stride,
         plan.outer.stride, plan.inner.stride, plan.channels.out_stride, plan.outer.out_stride,
-        plan.inner.out_stride, *scale_rule, is_e5m2, plan.is_even, plan.multiple, num_partials,
+        plan.inner.out_stride, *scale_rule, is_e5m2, plan.is_even, plan.multiple, num_partials, waits,
         *tile[:5],
     )  # fmt: skip
-    launch = BoundLaunch(_cast_kernel, plan.num_programs, tile.num_warps, constants)
+    launch = BoundLaunch(_cast_kernel, plan.num_programs, tile.num_warps, constants, waits=waits)
     if not plan.is_flipped:
         return launch
     return lambda x, codes, transposed, *scalars: launch(x, transposed, codes, *scalars)
@@ -366,6 +366,7 @@ def _cast_line(
     EVEN: tl.constexpr,
     MULTIPLE: tl.constexpr,
     NUM_PARTIALS: tl.constexpr,
+    WAITS: tl.constexpr,
     RAISE: tl.constexpr,
     EVICTION: tl.constexpr,
 ):
@@ -382,7 +383,7 @@ def _cast_line(
 
     # After the load, which then is under way while the scale is computed.
     if scale_ptr is None:
-        amax = load_amax(amax_ptr, NUM_PARTIALS)
+        amax = load_amax(amax_ptr, NUM_PARTIALS, WAITS)
         scale = compute_scale(amax, amax_epsilon, FP8_MAX, POWER_OF_2)
     else:
         amax = tl.load(amax_ptr)
@@ -446,6 +447,7 @@ def _cast_kernel(
     EVEN: tl.constexpr,
     MULTIPLE: tl.constexpr,
     NUM_PARTIALS: tl.constexpr,
+    WAITS: tl.constexpr,
     ROW_RUN: tl.constexpr,
     COL_RUN: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -487,7 +489,7 @@ def _cast_kernel(
         _cast_line(
             x_ptr, codes_ptr, scale_ptr, amax_ptr, scale_inv_ptr, row, cols, channels, items,
             num_rows, num_cols, num_channels, row_stride, col_stride, amax_epsilon,
-            POWER_OF_2, E5M2, EVEN, MULTIPLE, NUM_PARTIALS, True, "evict_last" if IS_BOTH else "",
+            POWER_OF_2, E5M2, EVEN, MULTIPLE, NUM_PARTIALS, WAITS, True, "evict_last" if IS_BOTH else "",
         )  # fmt: skip
     if transposed_ptr is not None and (not IS_BOTH or tile >= NUM_ROWWISE):
         DOWN: tl.constexpr = GROUP_ROWS // ROW_RUN
@@ -497,5 +499,5 @@ def _cast_kernel(
         _cast_line(
             x_ptr, transposed_ptr, scale_ptr, amax_ptr, scale_inv_ptr, col, rows, channels, items,
             num_cols, num_rows, num_channels, col_stride, row_stride, amax_epsilon,
-            POWER_OF_2, E5M2, EVEN, MULTIPLE, NUM_PARTIALS, not IS_BOTH, "evict_first" if IS_BOTH else "",
+            POWER_OF_2, E5M2, EVEN, MULTIPLE, NUM_PARTIALS, WAITS, not IS_BOTH, "evict_first" if IS_BOTH else "",
         )  # fmt: skip

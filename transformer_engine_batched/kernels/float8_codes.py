@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 INPUT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("e4m3", "e5m2")
@@ -31,8 +32,13 @@ def raise_amax(amax_ptr, known_amax, amax):
 
 
 @triton.jit
-def load_amax(amaxes_ptr, NUM_PARTIALS: tl.constexpr):
-    """The largest of the amaxes that the kernel of `tensor_amax` left."""
+def load_amax(amaxes_ptr, NUM_PARTIALS: tl.constexpr, WAITS: tl.constexpr):
+    """The largest of the amaxes that the kernel of `tensor_amax` left.
+
+    With `WAITS`, that kernel may still run until here: see `BoundLaunch`.
+    """
+    if WAITS:
+        gdc_wait()
     if NUM_PARTIALS == 1:
         return tl.load(amaxes_ptr)
     parts = tl.arange(0, triton.next_power_of_2(NUM_PARTIALS))

@@ -271,16 +271,16 @@ class Cast:
                 _make_plan(*description, False, True, multiple),
             ]
         is_e5m2 = fp8_dtype == "e5m2"
-        self.search = NO_SEARCH if self._is_empty else plan_search(shape, strides)
+        self.search = NO_SEARCH if self._is_empty else plan_search(shape, strides, device_index)
         self._find = bind_search(self.search)
         self._num_partials = self.search.num_programs
         self._casts = [
             tuple(
-                (plan, _bind_cast(plan, scale_rule, is_e5m2, num_partials))
+                (plan, _bind_cast(plan, scale_rule, is_e5m2, num_partials, waits))
                 for plan in plans
                 if not self._is_empty
             )
-            for num_partials in (1, self._num_partials)
+            for num_partials, waits in ((1, False), (self._num_partials, self.search.is_awaited))
         ]
 
     def with_scale(
@@ -416,14 +416,14 @@ def _describe(shape: Optional[tuple[int, ...]]) -> Optional[tuple[tuple, tuple]]
 
 
 def _bind_cast(
-    plan: Plan, scale_rule: tuple[float, bool], is_e5m2: bool, num_partials: int
+    plan: Plan, scale_rule: tuple[float, bool], is_e5m2: bool, num_partials: int, waits: bool
 ) -> BoundLaunch:
     tile = plan.tile
     constants = (
         plan.num_rows, plan.num_cols, plan.row_stride, plan.batch_stride, *scale_rule, is_e5m2,
-        plan.is_even, plan.multiple, num_partials, tile.rows, tile.cols,
+        plan.is_even, plan.multiple, num_partials, waits, tile.rows, tile.cols,
     )  # fmt: skip
-    return BoundLaunch(_cast_kernel, plan.num_programs, tile.num_warps, constants)
+    return BoundLaunch(_cast_kernel, plan.num_programs, tile.num_warps, constants, waits=waits)
 
 
 @lru_cache(maxsize=4096)
@@ -502,6 +502,7 @@ def _cast_tile(
     EVEN: tl.constexpr,
     MULTIPLE: tl.constexpr,
     NUM_PARTIALS: tl.constexpr,
+    WAITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -522,7 +523,7 @@ def _cast_tile(
 
     # After the load, which then is under way while the scale is computed.
     if scale_ptr is None:
-        amax = load_amax(amax_ptr, NUM_PARTIALS)
+        amax = load_amax(amax_ptr, NUM_PARTIALS, WAITS)
         scale = compute_scale(amax, amax_epsilon, FP8_MAX, POWER_OF_2)
     else:
         amax = tl.load(amax_ptr)
@@ -566,6 +567,7 @@ def _cast_kernel(
     EVEN: tl.constexpr,
     MULTIPLE: tl.constexpr,
     NUM_PARTIALS: tl.constexpr,
+    WAITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
@@ -573,5 +575,5 @@ def _cast_kernel(
     _cast_tile(
         tl.program_id(0), tl.num_programs(0), x_ptr, codes_ptr, transposed_ptr, scale_ptr, amax_ptr,
         scale_inv_ptr, num_rows, num_cols, row_stride, batch_stride, amax_epsilon, POWER_OF_2, E5M2, EVEN,
-        MULTIPLE, NUM_PARTIALS, BLOCK_ROWS, BLOCK_COLS,
+        MULTIPLE, NUM_PARTIALS, WAITS, BLOCK_ROWS, BLOCK_COLS,
     )  # fmt: skip

@@ -81,6 +81,15 @@ __device__ __forceinline__ void sync_pair(u32 pair) { asm volatile("bar.sync %0,
 
 // --- Copies
 
+// True for one lane of a warp, always the same; all of them ask. Bulk copies are for it alone, in code that whole warps reach
+// (their number from `__shfl_sync`): ptxas (13.0) then issues them as they stand. For a lane that it only finds to be alone,
+// it loops over lanes, and has skipped the coordinates of copies after the first where copies depended on conditions.
+__device__ __forceinline__ bool elect_lane() {
+  u32 is_elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(is_elected));
+  return is_elected;
+}
+
 // A box of a tensor map whose first element is (k, row, item); zeros where it lies outside.
 __device__ __forceinline__ void load_box(u32 target, const TensorMap& map, u32 barrier, int k, int row, int item) {
   asm volatile(
@@ -99,6 +108,19 @@ __device__ __forceinline__ void load_box(u32 target, const TensorMap& map, u32 b
       "l"(&map), "r"(barrier), "r"(byte), "r"(col), "r"(row), "r"(item)
       : "memory");
 }
+
+// Writes a box of a map with four dims; what lies outside is not written. Stores are waited for in groups.
+__device__ __forceinline__ void store_box(const TensorMap& map, u32 source, int byte, int col, int row, int item) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+               "r"(source), "r"(byte), "r"(col), "r"(row), "r"(item)
+               : "memory");
+}
+
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until this thread's stores have read shared memory, or are done.
+__device__ __forceinline__ void wait_for_reading_stores() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_stores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Tensor cores and bulk copies see what this thread has written into shared memory.
 __device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

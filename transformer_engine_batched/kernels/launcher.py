@@ -8,6 +8,7 @@ caller that knows what its arguments specialize on launches the compiled kernel 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Callable, Hashable, Optional, Union
 
 import torch
@@ -33,22 +34,39 @@ class BoundLaunch:
     num_programs, num_warps : int
     constants : tuple
         All arguments after the pointers, constexprs among them.
+    waits : bool, default = False
+        Programmatic dependent launch, where `can_wait`: programs start while the kernel before ends. All of them must
+        execute `gdc_wait` before they read what that kernel writes, and before they write.
+
+    Notes
+    -----
+    That kernel lets them start early if it executes `gdc_launch_dependents`. Source: CUDA C++ Programming Guide,
+    "Programmatic Dependent Launch and Synchronization".
     """
 
     def __init__(
-        self, kernel: triton.JITFunction, num_programs: int, num_warps: int, constants: tuple
+        self,
+        kernel: triton.JITFunction,
+        num_programs: int,
+        num_warps: int,
+        constants: tuple,
+        *,
+        waits: bool = False,
     ) -> None:
         self._num_programs = num_programs
         self._num_warps = num_warps
         self._constants = constants
         self._kernel = kernel
+        self._waits = waits
         self._compiled: Optional[tuple] = None
 
     def __call__(self, *tensors: Pointer) -> None:
         """Launches on the current stream of the current device, where the tensors are; the first must be one."""
         if self._compiled is None:
+            # The interpreter does not know the option.
+            options = {"launch_pdl": True} if self._waits else {}
             compiled = self._kernel[(self._num_programs,)](
-                *tensors, *self._constants, num_warps=self._num_warps
+                *tensors, *self._constants, num_warps=self._num_warps, **options
             )
             if tensors[0].is_cuda:  # else interpreted
                 self._compiled = _find_call(compiled)
@@ -76,7 +94,14 @@ class BoundLaunch:
             self._num_programs + other._num_programs,
             max(self._num_warps, other._num_warps),
             numbers,
+            waits=self._waits and other._waits,
         )
+
+
+@lru_cache(maxsize=None)
+def can_wait(device_index: int) -> bool:
+    """Whether a device has programmatic dependent launch: from Hopper on. -1 is the CPU."""
+    return device_index >= 0 and torch.cuda.get_device_capability(device_index) >= (9, 0)
 
 
 def _find_call(compiled: object) -> tuple[Callable, tuple]:

@@ -13,8 +13,9 @@ from typing import NamedTuple, Optional
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from .launcher import BoundLaunch, Pointer
+from .launcher import BoundLaunch, Pointer, can_wait
 from .matrix_tiles import TILES, Plan, Tile, load_tile, locate_tile, read_strides, tile_plan
 
 # Programs that look for an amax, at most: each leaves the amax of its tiles, and every program of the cast
@@ -23,17 +24,22 @@ MAX_PARTIALS = 528
 
 
 class Search(NamedTuple):
-    """How the amaxes of a tensor are found."""
+    """How the amaxes of a tensor are found.
+
+    `is_awaited`: the kernel behind it may start before it ends, and must wait for it; see `BoundLaunch`.
+    """
 
     num_programs: int
     num_warps: int
     constants: tuple
+    is_awaited: bool
 
 
-NO_SEARCH = Search(0, 0, (0, 0, 0, 0, 0, 0, True, True, 1, 1))
+NO_SEARCH = Search(0, 0, (0, 0, 0, 0, 0, 0, True, True, 1, 1), False)
 
 
-def plan_search(shape: tuple[int, ...], strides: tuple[int, ...]) -> Search:
+def plan_search(shape: tuple[int, ...], strides: tuple[int, ...], device_index: int) -> Search:
+    """The search for tensors that a cast has accepted."""
     plan = make_amax_plan(shape, strides)
     tile = plan.tile
     num_programs = min(plan.num_programs, MAX_PARTIALS)
@@ -43,7 +49,7 @@ def plan_search(shape: tuple[int, ...], strides: tuple[int, ...]) -> Search:
         num_programs, plan.num_programs, plan.num_rows, plan.num_cols, plan.row_stride,
         plan.batch_stride, is_flat, plan.is_even, tile.rows, tile.cols,
     )  # fmt: skip
-    return Search(num_programs, tile.num_warps, constants)
+    return Search(num_programs, tile.num_warps, constants, can_wait(device_index))
 
 
 def bind_search(x: Search, y: Search = NO_SEARCH) -> BoundLaunch:
@@ -52,7 +58,7 @@ def bind_search(x: Search, y: Search = NO_SEARCH) -> BoundLaunch:
         _amax_kernel,
         x.num_programs + y.num_programs,
         max(x.num_warps, y.num_warps),
-        (*x.constants, *y.constants),
+        (*x.constants, *y.constants, x.is_awaited or y.is_awaited),
     )
 
 
@@ -111,6 +117,7 @@ def _search_amax(
     EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
+    IS_AWAITED: tl.constexpr,
 ):
     """Leaves the amax of every tile whose number is the program's, modulo the number of programs."""
     # From zero, because the maximum of nothing but NaN is NaN.
@@ -133,6 +140,8 @@ def _search_amax(
             )
         amaxes = tl.maximum(amaxes, tl.abs(x.to(tl.float32)))
         tile += num_programs
+    if IS_AWAITED:
+        gdc_launch_dependents()
     tl.store(amaxes_ptr + program, tl.max(amaxes))
 
 
@@ -162,16 +171,17 @@ def _amax_kernel(
     Y_EVEN: tl.constexpr,
     Y_BLOCK_ROWS: tl.constexpr,
     Y_BLOCK_COLS: tl.constexpr,
+    IS_AWAITED: tl.constexpr,
 ):
     """Amaxes of parts of one tensor, or of two: the first programs are for `x`, the others for `y`."""
     program = tl.program_id(0)
     if y_ptr is None or program < x_programs:
         _search_amax(
             x_ptr, x_amaxes_ptr, program, x_programs, x_tiles, x_rows, x_cols, x_row_stride,
-            x_batch_stride, X_FLAT, X_EVEN, X_BLOCK_ROWS, X_BLOCK_COLS,
+            x_batch_stride, X_FLAT, X_EVEN, X_BLOCK_ROWS, X_BLOCK_COLS, IS_AWAITED,
         )  # fmt: skip
     else:
         _search_amax(
             y_ptr, y_amaxes_ptr, program - x_programs, y_programs, y_tiles, y_rows, y_cols, y_row_stride,
-            y_batch_stride, Y_FLAT, Y_EVEN, Y_BLOCK_ROWS, Y_BLOCK_COLS,
+            y_batch_stride, Y_FLAT, Y_EVEN, Y_BLOCK_ROWS, Y_BLOCK_COLS, IS_AWAITED,
         )  # fmt: skip

@@ -36,12 +36,14 @@ class _CudaForm(NamedTuple):
 
 _CUDA_FORMS = {
     "project_operands": _CudaForm(
-        "triangle_project", "make_operands", "can_project", "check_operands"
+        "triangle_project", "project_operands", "can_project", "check_operands"
     ),
     "find_operand_amaxes": _CudaForm(
-        "triangle_project", "make_amaxes", "can_project", "check_operands"
+        "triangle_project", "find_operand_amaxes", "can_project", "check_operands"
     ),
-    "project_output": _CudaForm("triangle_output", "make_output", "can_project", "check_tensors"),
+    "project_output": _CudaForm(
+        "triangle_output", "project_output", "can_project", "check_tensors"
+    ),
     "output_backward": _CudaForm(
         "triangle_output_backward", "make_gradients", "can_output_backward", "check_tensors"
     ),

@@ -32,7 +32,7 @@ def can_project(
 ) -> Optional[str]:
     """None if `project_output` takes the tensors, or the reason why not.
 
-    Shapes that do not fit each other are errors of `project_output`, not reasons.
+    Shapes that do not fit each other are errors of `check_tensors`, not reasons.
     """
     for name, x in (("c", c), ("z", z), ("the weights", output.weight_p)):
         if x.dtype != torch.bfloat16:
@@ -61,42 +61,10 @@ def can_project(
     return None
 
 
-def project_output(
-    c: torch.Tensor, z: torch.Tensor, norm_in: Norm, norm_out: Norm, output: GatedProjection
-) -> torch.Tensor:
-    """``sigmoid(x Wgo^T + bgo) * (LN_out(c) Wo^T + bo)`` with ``x = LN_in(z)``.
-
-    One kernel, which reads c and z once.
-
-    Parameters
-    ----------
-    c : torch.Tensor
-        BF16 ``[B, H, N, N]``, channel-first; rows of the last dim contiguous and at multiples of 16 bytes.
-    z : torch.Tensor
-        BF16 ``[B, N, N, D]``, contiguous.
-    norm_in, norm_out : Norm
-        Over D and over H; FP32 or BF16.
-    output : GatedProjection
-        `weight_p` is Wo ``[D, H]``, `weight_g` is Wgo ``[D, D]``, BF16; biases FP32 or BF16.
-
-    Returns
-    -------
-    torch.Tensor
-        BF16 ``[B, N, N, D]``, contiguous.
-
-    Raises
-    ------
-    TypeError, ValueError
-        If dtypes, shapes or strides do not fit; `can_project` gives the reason beforehand.
-    """
-    check_tensors(c, z, norm_in, norm_out, output)
-    return make_output(c, z, norm_in, norm_out, output)
-
-
 def check_tensors(
     c: torch.Tensor, z: torch.Tensor, norm_in: Norm, norm_out: Norm, output: GatedProjection
 ) -> None:
-    """Raises what `project_output` raises for tensors that do not fit."""
+    """Raises where `project_output` does not take the tensors, or they do not fit each other."""
     check_output(c, z, norm_in, norm_out, output)
     reason = can_project(c, z, norm_in, norm_out, output)
     if reason is not None:
@@ -113,10 +81,29 @@ class _Plan(NamedTuple):
     numbers: bytes  # of the struct, behind its pointers
 
 
-def make_output(
+def project_output(
     c: torch.Tensor, z: torch.Tensor, norm_in: Norm, norm_out: Norm, output: GatedProjection
 ) -> torch.Tensor:
-    """`project_output` of tensors that `check_tensors` has seen, or others like them."""
+    """``sigmoid(x Wgo^T + bgo) * (LN_out(c) Wo^T + bo)`` with ``x = LN_in(z)``.
+
+    One kernel, which reads c and z once. Tensors are those that `check_tensors` lets through: nothing is checked here.
+
+    Parameters
+    ----------
+    c : torch.Tensor
+        BF16 ``[B, H, N, N]``, channel-first; rows of the last dim contiguous and at multiples of 16 bytes.
+    z : torch.Tensor
+        BF16 ``[B, N, N, D]``, contiguous.
+    norm_in, norm_out : Norm
+        Over D and over H; FP32 or BF16.
+    output : GatedProjection
+        `weight_p` is Wo ``[D, H]``, `weight_g` is Wgo ``[D, D]``, BF16; biases FP32 or BF16.
+
+    Returns
+    -------
+    torch.Tensor
+        BF16 ``[B, N, N, D]``, contiguous.
+    """
     device_index = z.get_device()
     out = empty_strided(tuple(z.shape), z.stride(), z.dtype, device_index)
     if not z.numel():

@@ -40,7 +40,7 @@ def can_project(
 ) -> Optional[str]:
     """None if `project_operands` takes the tensors, or the reason why not.
 
-    Shapes that do not fit each other are errors of `project_operands`, not reasons.
+    Shapes that do not fit each other are errors of `check_operands`, not reasons.
     """
     weight = projection.weight_p
     for name, x in (("z", z), ("the weights", weight)):
@@ -69,6 +69,25 @@ def can_project(
     return None
 
 
+def check_operands(
+    z: torch.Tensor, norm: Norm, projection: GatedProjection, mask: Optional[torch.Tensor]
+) -> None:
+    """Raises where `project_operands` and `find_operand_amaxes` do not take the tensors, or they do not fit each other."""
+    tiles.check_z(z)
+    dim, rows = z.shape[3], projection.weight_p.shape[0]
+    tiles.check_norm("norm", norm, dim, z.device)
+    tiles.check_projection("projection", projection, (rows, dim), (rows, dim), z.device)
+    if mask is not None:
+        tiles.check_mask(mask, z)
+    reason = can_project(z, norm, projection, mask)
+    if reason is not None:
+        raise ValueError(f"{reason}; use triangle_forward")
+    if tiles.pad(z.shape[1]) ** 2 >= 1 << 31:
+        raise ValueError(
+            f"N = {z.shape[1]} is too large: positions of one item are counted in 32 bits"
+        )
+
+
 def project_operands(
     z: torch.Tensor,
     norm: Norm,
@@ -86,7 +105,8 @@ def project_operands(
 ) -> Operands:
     """``[a | b] = mask * sigmoid(x Wg^T + bg) * (x Wp^T + bp)`` with ``x = LN(z)``, in the contraction's layout.
 
-    One kernel, which reads z once; `turned` takes a second one, which transposes bytes.
+    One kernel, which reads z once; `turned` takes a second one, which transposes bytes. Tensors are those that
+    `check_operands` lets through: only options are checked here.
 
     Parameters
     ----------
@@ -107,8 +127,8 @@ def project_operands(
 
     Raises
     ------
-    TypeError, ValueError
-        If dtypes, shapes, strides or options do not fit; `can_project` gives the reason beforehand.
+    ValueError
+        If options do not fit each other.
 
     Examples
     --------
@@ -119,56 +139,6 @@ def project_operands(
     >>> a.shape
     torch.Size([1, 64, 32, 32])
     """
-    check_operands(z, norm, projection, mask)
-    return make_operands(
-        z, norm, projection, mask, mode=mode, fp8_dtype=fp8_dtype, scales=scales, amaxes=amaxes,
-        force_pow_2_scales=force_pow_2_scales, amax_epsilon=amax_epsilon, kept=kept, turned=turned,
-    )  # fmt: skip
-
-
-def find_operand_amaxes(
-    z: torch.Tensor, norm: Norm, projection: GatedProjection, mask: Optional[torch.Tensor]
-) -> torch.Tensor:
-    """float32 ``[2]``: largest magnitudes of a and b, for current scaling; see `project_operands`."""
-    check_operands(z, norm, projection, mask)
-    return make_amaxes(z, norm, projection, mask)
-
-
-def check_operands(
-    z: torch.Tensor, norm: Norm, projection: GatedProjection, mask: Optional[torch.Tensor]
-) -> None:
-    """Raises what `project_operands` and `find_operand_amaxes` raise for tensors that do not fit."""
-    tiles.check_z(z)
-    dim, rows = z.shape[3], projection.weight_p.shape[0]
-    tiles.check_norm("norm", norm, dim, z.device)
-    tiles.check_projection("projection", projection, (rows, dim), (rows, dim), z.device)
-    if mask is not None:
-        tiles.check_mask(mask, z)
-    reason = can_project(z, norm, projection, mask)
-    if reason is not None:
-        raise ValueError(f"{reason}; use triangle_forward")
-    if tiles.pad(z.shape[1]) ** 2 >= 1 << 31:
-        raise ValueError(
-            f"N = {z.shape[1]} is too large: positions of one item are counted in 32 bits"
-        )
-
-
-def make_operands(
-    z: torch.Tensor,
-    norm: Norm,
-    projection: GatedProjection,
-    mask: Optional[torch.Tensor],
-    *,
-    mode: str,
-    fp8_dtype: Optional[str] = None,
-    scales: Optional[torch.Tensor] = None,
-    amaxes: Optional[torch.Tensor] = None,
-    force_pow_2_scales: bool = False,
-    amax_epsilon: float = 0.0,
-    kept: bool = True,
-    turned: bool = False,
-) -> Operands:
-    """`project_operands` of tensors that `check_operands` has seen, or others like them."""
     if mode not in _MODES:
         raise ValueError(f'`mode` must be "outgoing" or "incoming" and came as {mode!r}')
     if fp8_dtype not in _OUT_TYPES:
@@ -210,10 +180,10 @@ def make_operands(
     return Operands(a, b, a_turned, b_turned, scale_invs)
 
 
-def make_amaxes(
+def find_operand_amaxes(
     z: torch.Tensor, norm: Norm, projection: GatedProjection, mask: Optional[torch.Tensor]
 ) -> torch.Tensor:
-    """`find_operand_amaxes` of tensors that `check_operands` has seen, or others like them."""
+    """float32 ``[2]``: largest magnitudes of a and b, for current scaling; see `project_operands`."""
     amaxes = torch.zeros(2, dtype=torch.float32, device=z.device)
     if z.numel():
         options = ("outgoing", "NONE", True, False, 0.0)
