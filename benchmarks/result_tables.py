@@ -423,6 +423,35 @@ def _format_bandwidths(results: Results, rows: list[dict[str, Any]]) -> str:
     return f"{_format_table(titles, body)}\n\n{format_caption(results['meta'])}"
 
 
+def format_triangle_kernels(results: Results, sizes: tuple[int, ...] = (1024, 2048)) -> str:
+    """Time of each kernel with its tile, and its share of the roof."""
+    rows = {(row["kernel"], row["n"]): row for row in results["rows"] if row["tile"] is None}
+    body = []
+    for name in dict.fromkeys(name for name, n in rows if n in sizes):
+        cells = [name]
+        for n in sizes:
+            row = rows.get((name, n), {})
+            if row.get("ms") is None:
+                cells += ["-"] * 4
+                continue
+            cells += [
+                f"{row['ms']:.3f}",
+                f"{row['gbps']:.0f}",
+                f"{row['tflops']:.0f}",
+                f"{row['roof']:.0%}",
+            ]
+        body.append(cells)
+    titles = [
+        f"N={n}: {title}" for n in sizes for title in ("ms", "GB/s", "TFLOP/s", "of the roof")
+    ]
+    note = (
+        f"The roof is the larger of bytes over {results['meta']['gbps_copy']:.0f} GB/s, the rate of a copy in the "
+        "same run, and operations over 750 TFLOP/s."
+    )
+    table = _format_table(["kernel", *titles], body)
+    return f"{table}\n\n{note}\n\n{format_caption(results['meta'])}"
+
+
 def format_algorithms(results: Results) -> str:
     """Time of the algorithm that is taken and of the heuristic's first, over the fastest's."""
     rows = {}

@@ -14,7 +14,6 @@ and operations over 750 TFLOP/s (BF16, torch.bmm on an H200), over the time.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __package__ in (None, ""):
     sys.path.insert(0, str(ROOT))
 
+from benchmarks import stored_results
 from benchmarks.timing import CudaClock, describe_error, interleave
 from transformer_engine_batched.kernels import (
     triangle_backward,
@@ -375,6 +375,7 @@ def main(arguments: list[str]) -> int:
     """Gate, sweep, the table's tiles at all sizes; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="JSON file of all rows")
+    parser.add_argument("--commit", help="commit of the tree, where it has no .git")
     parser.add_argument("--chosen-only", action="store_true", help="the table's tiles only")
     options = parser.parse_args(arguments)
     began = time.perf_counter()
@@ -401,10 +402,12 @@ def main(arguments: list[str]) -> int:
         rows += found
         del data
     if options.out:
-        meta = {"command": "python benchmarks/triangle_kernels.py", "gbps_copy": bandwidth / 1e9}
-        meta |= {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+        meta = stored_results.collect_meta(arguments, options.commit)
+        meta["command"] = "python benchmarks/triangle_kernels.py"
+        if options.chosen_only:
+            meta["command"] += " --chosen-only"
+        meta["gbps_copy"] = bandwidth / 1e9
+        stored_results.write(options.out, meta, rows)
     print(f"{time.perf_counter() - began:.0f} s")
     return 0 if len(right) == len(chosen + candidates) else 1
 

@@ -575,6 +575,28 @@ def test_each_point_begins_without_what_was_tuned_before(tmp_path):
     assert events == [word for point in QUICK for word in ("forget", point.name)]
 
 
+def test_the_table_of_triangle_kernels():
+    def row(n, kernel, tile=None, **values):
+        return {"n": n, "kernel": kernel, "tile": tile, "reason": None, **values}
+
+    rate = {"ms": 2.0, "gbps": 2000.4, "tflops": 300.0, "roof": 0.456}
+    rows = [
+        row(1024, "output", **rate),
+        row(1024, "output", [64, 64], **rate),
+        row(512, "turn", **rate),
+        row(2048, "output, CUDA"),
+    ]
+    meta = {**META, "gbps_copy": 4251.7}
+    text = render_docs.BLOCKS["triangle-kernels"](
+        {"triangle_kernels": {"meta": meta, "rows": rows}}
+    )
+    lines = text.splitlines()
+    assert lines[2] == "| output | 2.000 | 2000 | 300 | 46% | - | - | - | - |"
+    assert lines[3] == "| output, CUDA | - | - | - | - | - | - | - | - |"
+    assert len([line for line in lines if line.startswith("|")]) == 4
+    assert "4252 GB/s" in text
+
+
 def test_the_table_of_algorithms():
     row = {
         "batch": 8,

@@ -10,17 +10,17 @@ import sys
 
 import pytest
 import torch
-import triton
 from accuracy import assert_accurate, sqnr_per_item
 from blockwise_cases import add_as_tensor_cores, make_operand, poisoned_out
 from interpreted import IS_INTERPRETED, give_device_arithmetic, run_interpreted
+from sass import assert_one_thread_copies
 
 from transformer_engine_batched.kernels import blockwise_gemm, nvrtc
 from transformer_engine_batched.kernels.blockwise_gemm import (
     TILES,
     Problem,
     Tile,
-    can_multiply,
+    find_reason_against,
     choose_tile,
     multiply_blockwise,
     multiply_blockwise_k_grouped,
@@ -216,7 +216,7 @@ class TestRefusals:
         a, b = (
             torch.empty(x, dtype=torch.float8_e4m3fn) if isinstance(x, tuple) else x for x in (a, b)
         )
-        return can_multiply(a, b, torch.empty(out, dtype=out_dtype), **options)
+        return find_reason_against(a, b, torch.empty(out, dtype=out_dtype), **options)
 
     def test_reasons(self):
         codes = torch.empty((2, 64, 256), dtype=torch.uint8)
@@ -235,7 +235,7 @@ class TestRefusals:
         )
         assert "out must be bfloat16" in self.reason(out_dtype=torch.float64)
         assert "accumulation is into float32" in self.reason(accumulate=True)
-        assert "its last dim must be contiguous" in can_multiply(
+        assert "its last dim must be contiguous" in find_reason_against(
             codes, codes, torch.empty(2, 64, 64).mT
         )
 
@@ -340,14 +340,9 @@ class TestSource:
     @pytest.mark.parametrize("tile", [TALL, WIDE, Tile(64, 128, 2), Tile(192, 128, 1, 3)])
     @pytest.mark.parametrize("mode", ["BATCHED", "MASKED", "CONTIGUOUS", "K_GROUPED"])
     def test_one_thread_copies(self, mode, tile, tmp_path):
-        """Not each lane in its turn: ptxas then skips coordinates of the second and third copy (see `elect_lane`)."""
         launch = prepare_launch(make_problem(mode=mode, tile=tile))
-        path = tmp_path / "kernel.cubin"
-        path.write_bytes(nvrtc.compile_cubin(self.source(), launch.kernel._definitions))
-        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(path)]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        assert text.count("UTMALDG") >= 2 and text.count("ELECT") == 1
-        assert "BRA.U.ANY" not in text
+        cubin = nvrtc.compile_cubin(self.source(), launch.kernel._definitions)
+        assert_one_thread_copies(cubin, tmp_path, num_elections=1)
 
     def test_machine_code_is_kept(self, monkeypatch):
         source = 'extern "C" __global__ void nothing() {}'

@@ -42,7 +42,7 @@ def kernels(monkeypatch):
     for module, names in (
         (triangle_project, ("project_operands", "find_operand_amaxes")),
         (triangle_output, ("project_output",)),
-        (triangle_output_backward, ("make_gradients",)),
+        (triangle_output_backward, ("output_backward",)),
         (triangle_project_backward, ("project_backward",)),
     ):
         for name in names:
@@ -110,8 +110,8 @@ def test_no_cuda_on_the_cpu_or_without_its_compiler(monkeypatch):
 def test_tensors_are_checked_once_for_each_description(monkeypatch):
     calls = []
     monkeypatch.setattr(triangle_project, "check_operands", lambda *_: calls.append("check"))
-    # None, as `can_project` says of what fits.
-    monkeypatch.setattr(triangle_project, "can_project", lambda *_: calls.append("can"))
+    # None, as `find_reason_against` says of what fits.
+    monkeypatch.setattr(triangle_project, "find_reason_against", lambda *_: calls.append("can"))
     first, second = make_data(FITS), make_data(FITS, seed=1)
     for data in (first, second, first):
         call("project_operands", data, mode="outgoing")
@@ -142,10 +142,12 @@ def test_what_is_kept_is_bounded(monkeypatch):
 def test_a_form_is_plugged_in_by_a_line(monkeypatch):
     """Without a check of its own: the function checks."""
     module = ModuleType("transformer_engine_batched.kernels.made_up")
-    module.run = lambda *a, **k: ("made up", a, k)
-    module.can = lambda *arguments: None if arguments[2].shape[1] == 16 else "another size"
+    module.project_backward = lambda *a, **k: ("made up", a, k)
+    module.find_reason_against = lambda *arguments: (
+        None if arguments[2].shape[1] == 16 else "another size"
+    )
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    form = triangle._CudaForm("made_up", "run", "can")
+    form = triangle._CudaForm("made_up", check=None)
     monkeypatch.setitem(triangle._CUDA_FORMS, "project_backward", form)
     assert call("project_backward", make_data(FITS)) == "made up"
     assert call("project_backward", make_data(FITS._replace(n=17))) == "triton"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sass import assert_one_thread_copies
 from test_triangle_project_emulated import EmulatedKernel, empty_strided, encode_tensor_map
 from test_triangle_project_emulated import folder as hopper_folder
 from triangle_kernel_cases import (
@@ -30,7 +31,8 @@ from transformer_engine_batched.kernels import (
     triangle_tiles,
 )
 from transformer_engine_batched.kernels.triangle_output_backward import (
-    can_output_backward,
+    check_tensors,
+    find_reason_against,
     output_backward,
     shared_bytes,
 )
@@ -176,7 +178,7 @@ def test_empty():
 )
 def test_refused_sizes(case, match):
     with pytest.raises(ValueError, match=match):
-        output_backward(*inputs(make_data(case)))
+        check_tensors(*inputs(make_data(case)))
 
 
 def test_refused_options():
@@ -192,24 +194,26 @@ def test_refused_options():
 
 def test_reasons():
     grad_out, c, z, norm_in, norm_out, output = inputs(make_data(SMALL))
-    assert can_output_backward(grad_out, c, z, norm_in, norm_out, output) is None
+    check_tensors(grad_out, c, z, norm_in, norm_out, output)
+    assert find_reason_against(grad_out, c, z, norm_in, norm_out, output) is None
     packed = c.contiguous()
-    assert "rows of c must begin at multiples of 16 bytes" in can_output_backward(
+    assert "rows of c must begin at multiples of 16 bytes" in find_reason_against(
         grad_out, packed, z, norm_in, norm_out, output
     )
     shifted = torch.empty(grad_out.numel() + 1, dtype=BF16)[1:].view_as(grad_out)
-    assert "grad_out must begin at a multiple of 16 bytes and is at 2" in can_output_backward(
+    assert "grad_out must begin at a multiple of 16 bytes and is at 2" in find_reason_against(
         shifted, c, z, norm_in, norm_out, output
     )
     half = Norm(None, norm_out.bias.half())
-    assert "norm_out.bias must be FP32 or BF16" in can_output_backward(
+    assert "norm_out.bias must be FP32 or BF16" in find_reason_against(
         grad_out, c, z, norm_in, half, output
     )
 
 
 @pytest.mark.parametrize("out_type, has_bias", (("E5M2", 1), ("E4M3", 0), ("BF16", 1)))
-def test_compiles(out_type, has_bias):
+def test_compiles(out_type, has_bias, tmp_path):
     """For the GPU, too."""
     source = nvrtc._read_source("triangle_output_backward.cu")
     definitions = {"OUT_TYPE": out_type, "HAS_BIAS": has_bias, "HAS_GATE_BIAS": has_bias}
-    assert nvrtc.compile_cubin(source, definitions)
+    cubin = nvrtc.compile_cubin(source, definitions)
+    assert_one_thread_copies(cubin, tmp_path, num_elections=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from sass import assert_one_thread_copies
 from test_triangle_project_emulated import (
     EmulatedKernel,
     empty_strided,
@@ -15,8 +16,8 @@ from triangle_kernel_cases import VALUE_DB, Case, assert_near, find_expected, ma
 
 from transformer_engine_batched.kernels import nvrtc, triangle_output, triangle_tiles
 from transformer_engine_batched.kernels.triangle_output import (
-    can_project,
     check_tensors,
+    find_reason_against,
     project_output,
     shared_bytes,
 )
@@ -97,17 +98,18 @@ def test_refused_sizes(case, match):
 def test_reasons():
     c, z, norm_in, norm_out, output = inputs(make_data(Case(1, 17, 64, 64, BF16)))
     check_tensors(c, z, norm_in, norm_out, output)
-    assert can_project(c, z, norm_in, norm_out, output) is None
+    assert find_reason_against(c, z, norm_in, norm_out, output) is None
     packed = c.contiguous()
-    assert "rows of c must begin at multiples of 16 bytes" in can_project(
+    assert "rows of c must begin at multiples of 16 bytes" in find_reason_against(
         packed, z, norm_in, norm_out, output
     )
     half = Norm(None, norm_out.bias.half())
-    assert "norm_out.bias must be FP32 or BF16" in can_project(c, z, norm_in, half, output)
+    assert "norm_out.bias must be FP32 or BF16" in find_reason_against(c, z, norm_in, half, output)
 
 
 @pytest.mark.parametrize("has_bias", (0, 1))
-def test_compiles(has_bias):
+def test_compiles(has_bias, tmp_path):
     """For the GPU, too."""
     source = nvrtc._read_source("triangle_output.cu")
-    assert nvrtc.compile_cubin(source, {"HAS_BIAS": has_bias})
+    cubin = nvrtc.compile_cubin(source, {"HAS_BIAS": has_bias})
+    assert_one_thread_copies(cubin, tmp_path, num_elections=1)

@@ -14,7 +14,7 @@ from triangle_operand_gradients import find_operand_gradients
 
 from transformer_engine_batched.kernels import nvrtc, triangle_project_backward, triangle_tiles
 from transformer_engine_batched.kernels.triangle_project_backward import (
-    can_project_backward,
+    find_reason_against,
     project_backward,
     shared_bytes,
 )
@@ -29,12 +29,13 @@ __all__ = ["folder"]
 @pytest.fixture(autouse=True)
 def emulation(folder, monkeypatch):  # pylint: disable=redefined-outer-name
     """The kernel on the CPU; new outputs hold NaN, so that what is not written shows."""
-    header = "triangle.cuh"
-    source = Path(nvrtc.__file__).with_name(header).read_text(encoding="utf-8")
-    (folder / header).write_text(source, encoding="utf-8")
+    for header in ("triangle.cuh", "triangle_norms.cuh"):
+        source = Path(nvrtc.__file__).with_name(header).read_text(encoding="utf-8")
+        (folder / header).write_text(source, encoding="utf-8")
 
     def get_kernel(definitions):
-        size = shared_bytes(dict(definitions)["DIM"])
+        values = dict(definitions)
+        size = shared_bytes(values["DIM"], bool(values["IS_LAST"]))
         return EmulatedKernel(folder, definitions, size, SOURCE, "project_backward")
 
     monkeypatch.setattr(triangle_project_backward, "_get_kernel", get_kernel)
@@ -64,7 +65,7 @@ def inputs(data):
         (Case(1, 70, 64, 64, BF16, has_bias=False, mask=None), True),
         (Case(1, 17, 64, 192, BF16), True),
         (Case(1, 20, 128, 64, BF16, has_bias=False), True),
-        (Case(3, 1, 64, 128, BF16), True),
+        (Case(7, 1, 64, 128, BF16), True),
     ),
 )
 def test_values(case, has_grad_x):
@@ -139,21 +140,21 @@ class TestRefusals:
 
     def test_parameters(self):
         data = make_data(SMALL)
-        assert can_project_backward(*inputs(data)) is None
+        assert find_reason_against(*inputs(data)) is None
         grad_a, grad_b, z, norm, projection, mask = inputs(data)
         half = Norm(norm.weight.half(), None)
-        reason = can_project_backward(grad_a, grad_b, z, half, projection, mask)
+        reason = find_reason_against(grad_a, grad_b, z, half, projection, mask)
         assert "norm.weight must be FP32 or BF16" in reason
         biased = GatedProjection(*projection[:3], projection.bias_g.half())
-        reason = can_project_backward(grad_a, grad_b, z, norm, biased, mask)
+        reason = find_reason_against(grad_a, grad_b, z, norm, biased, mask)
         assert "projection.bias_g must be FP32 or BF16" in reason
-        reason = can_project_backward(grad_a, grad_b, z, norm, projection, mask.half())
+        reason = find_reason_against(grad_a, grad_b, z, norm, projection, mask.half())
         assert "mask must be FP32, BF16" in reason
         shifted = torch.zeros(z.numel() + 1, dtype=BF16)[1:].view(z.shape)
-        reason = can_project_backward(grad_a, grad_b, z, norm, projection, mask, shifted)
+        reason = find_reason_against(grad_a, grad_b, z, norm, projection, mask, shifted)
         assert "grad_x must begin at a multiple" in reason
         odd = grad_b.contiguous()
-        reason = can_project_backward(grad_a, odd, z, norm, projection, mask)
+        reason = find_reason_against(grad_a, odd, z, norm, projection, mask)
         assert "rows of grad_b must begin at multiples of 16 bytes" in reason
 
     def test_shapes(self):
@@ -166,10 +167,11 @@ class TestRefusals:
 
 
 @pytest.mark.parametrize("dim, has_bias", ((64, 1), (128, 0), (128, 1)))
-@pytest.mark.parametrize("is_last", (0, 1))
-def test_products_overlap(dim, has_bias, is_last):
+@pytest.mark.parametrize("has_x, is_last", ((0, 0), (0, 1), (1, 0), (1, 1)))
+def test_products_overlap(dim, has_bias, has_x, is_last):
     """It compiles for the GPU, and ptxas says of no products (C7510, C7512, C7514) that they wait for each other."""
-    definitions = {"DIM": dim, "HAS_BIAS": has_bias, "HAS_GRAD": 1, "IS_LAST": is_last}
+    definitions = {"DIM": dim, "HAS_BIAS": has_bias, "HAS_GRAD": 1}
+    definitions |= {"HAS_X": has_x, "IS_LAST": is_last}
     options = [*nvrtc._OPTIONS, b"--ptxas-options=-v"]
     options += [f"-D{name}={value}".encode() for name, value in definitions.items()]
     headers = nvrtc._read_headers()

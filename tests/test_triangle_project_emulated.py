@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sass import assert_one_thread_copies
 from triangle_kernel_cases import (
     CODE_DB,
     VALUE_DB,
@@ -36,9 +37,9 @@ from transformer_engine_batched.kernels import (
     turn_codes,
 )
 from transformer_engine_batched.kernels.triangle_project import (
-    can_project,
     check_operands,
     find_operand_amaxes,
+    find_reason_against,
     project_operands,
 )
 from transformer_engine_batched.kernels.triangle_tiles import GatedProjection, Norm
@@ -241,14 +242,16 @@ class TestRefusals:
     def test_parameters(self):
         data = make_data(SMALL)
         z, norm, projection, mask = inputs(data)
-        assert can_project(z, norm, projection, mask) is None
+        assert find_reason_against(z, norm, projection, mask) is None
         half = Norm(norm.weight.half(), None)
-        assert "norm.weight must be FP32 or BF16" in can_project(z, half, projection, mask)
+        assert "norm.weight must be FP32 or BF16" in find_reason_against(z, half, projection, mask)
         biased = GatedProjection(*projection[:3], projection.bias_g.half())
-        assert "projection.bias_g must be FP32 or BF16" in can_project(z, norm, biased, mask)
-        assert "mask must be FP32, BF16" in can_project(z, norm, projection, mask.half())
+        assert "projection.bias_g must be FP32 or BF16" in find_reason_against(
+            z, norm, biased, mask
+        )
+        assert "mask must be FP32, BF16" in find_reason_against(z, norm, projection, mask.half())
         shifted = torch.zeros(z.numel() + 1, dtype=BF16)[1:].view(z.shape)
-        assert "z must begin at a multiple" in can_project(shifted, norm, projection, mask)
+        assert "z must begin at a multiple" in find_reason_against(shifted, norm, projection, mask)
 
     @pytest.mark.parametrize(
         "changes, match",
@@ -272,7 +275,8 @@ class TestRefusals:
 
 
 @pytest.mark.parametrize("out_type", ("NONE", "E4M3", "E5M2", "BF16"))
-def test_compiles(out_type):
+def test_compiles(out_type, tmp_path):
     """For the GPU, too."""
     definitions = {"OUT_TYPE": out_type, "IS_EVEN": int(out_type != "BF16"), "HAS_BIAS": 1}
-    assert nvrtc.compile_cubin(nvrtc._read_source("triangle_project.cu"), definitions)
+    cubin = nvrtc.compile_cubin(nvrtc._read_source("triangle_project.cu"), definitions)
+    assert_one_thread_copies(cubin, tmp_path, num_elections=1)

@@ -43,6 +43,7 @@ SUITES = {
     "quantize_kernels": "python benchmarks/quantize_kernels.py",
     "block_quantize_kernels": "python benchmarks/block_quantize_kernels.py --compare-only",
     "algorithms": "python benchmarks/algorithms.py",
+    "triangle_kernels": "python benchmarks/triangle_kernels.py --chosen-only",
 }
 
 
@@ -178,6 +179,7 @@ BLOCKS: dict[str, Callable[[dict[str, Results | None]], str]] = {
             x, triangle_suite.FORWARD_BACKWARD, tables.format_triangle_checks
         ),
     ),
+    "triangle-kernels": _from("triangle_kernels", tables.format_triangle_kernels),
     "training": _from("training", tables.format_training),
     "training-plot": _from(
         "training", lambda x: plots.format_pictures(x, plots.TRAINING_PLOTS, "img")

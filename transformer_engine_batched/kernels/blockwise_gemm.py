@@ -133,7 +133,7 @@ _TILE_CYCLES = 1000
 _MANY_ROUNDS = 8
 
 
-def can_multiply(
+def find_reason_against(
     a: torch.Tensor,
     b: torch.Tensor,
     out: torch.Tensor,
@@ -241,9 +241,9 @@ def multiply_blockwise(
     Raises
     ------
     ValueError
-        What `can_multiply` says.
+        What `find_reason_against` says.
     """
-    reason = can_multiply(a, b, out, accumulate=accumulate, m_indices=m_indices)
+    reason = find_reason_against(a, b, out, accumulate=accumulate, m_indices=m_indices)
     if reason is None and masked_m is not None:
         reason = _check_info("masked_m", masked_m, out.shape[0], a)
         if m_indices is not None:
@@ -293,7 +293,7 @@ def multiply_blockwise_k_grouped(
     Raises
     ------
     ValueError
-        What `can_multiply` says, or `group_sizes` is no INT32 tensor ``[G]``.
+        What `find_reason_against` says, or `group_sizes` is no INT32 tensor ``[G]``.
     """
     if a.dim() != 2 or b.dim() != 2 or out.dim() != 3:
         came = f"{tuple(a.shape)}, {tuple(b.shape)}, {tuple(out.shape)}"
@@ -304,7 +304,7 @@ def multiply_blockwise_k_grouped(
     num_groups = out.shape[0]
     reason = _check_info("group_sizes", group_sizes, num_groups, a)
     if reason is None and num_groups:
-        reason = can_multiply(a, b, out[:1], accumulate=accumulate)
+        reason = find_reason_against(a, b, out[:1], accumulate=accumulate)
     if reason is not None:
         raise ValueError(f"multiply_blockwise_k_grouped: {reason}")
     _launch(

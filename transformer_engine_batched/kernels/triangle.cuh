@@ -42,6 +42,27 @@ __device__ __forceinline__ void sum_each(float (&values)[kCount]) {
   }
 }
 
+// Eight BF16 values that 16 bytes of shared memory hold.
+__device__ __forceinline__ void load_values(u32 address, float (&x)[8]) {
+  u32 pairs[4];
+  load_shared(address, pairs);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    x[2 * k] = low_half(pairs[k]);
+    x[2 * k + 1] = high_half(pairs[k]);
+  }
+}
+
+__device__ __forceinline__ void add_values(u32 address, float (&x)[8]) {
+  u32 pairs[4];
+  load_shared(address, pairs);
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    x[2 * k] += low_half(pairs[k]);
+    x[2 * k + 1] += high_half(pairs[k]);
+  }
+}
+
 // Of 16 bytes: row and chunk of a tile of 128-byte rows.
 __device__ __forceinline__ u32 chunk_address(u32 tile, int row, int chunk) {
   return tile + row * 128 + ((chunk ^ row) & 7) * 16;

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions of the triangle multiplicative update, each from the kernels that are for the tensors it is given.
 
-CUDA C++ on a Hopper GPU where the `can_...` of its module has no reason against it, else Triton. Arguments, results and
+CUDA C++ on a Hopper GPU where its module finds no reason against it, else Triton. Arguments, results and
 errors are those of `triangle_forward` and `triangle_backward`. Which it is, and that the tensors fit each other, is
 found once for all calls with tensors of one description. Must not import Transformer Engine or a sibling package of
 `kernels`.
@@ -22,34 +22,22 @@ from .triangle_tiles import GatedProjection, Norm
 
 
 class _CudaForm(NamedTuple):
-    """A function in CUDA C++, by the names in its module.
+    """The CUDA C++ form of a function, which has its name, in a module beside this one.
 
-    `find_reason` takes the tensors and says why `function` does not. `check`, if there is one, raises an error where
-    they do not fit each other; `function` then looks at options alone.
+    `find_reason_against` of that module takes the tensors and says why the function does not. `check`, if there is one,
+    raises an error where they do not fit each other; the function then looks at options alone.
     """
 
     module: str
-    function: str
-    find_reason: str
-    check: Optional[str] = None
+    check: Optional[str] = "check_tensors"
 
 
 _CUDA_FORMS = {
-    "project_operands": _CudaForm(
-        "triangle_project", "project_operands", "can_project", "check_operands"
-    ),
-    "find_operand_amaxes": _CudaForm(
-        "triangle_project", "find_operand_amaxes", "can_project", "check_operands"
-    ),
-    "project_output": _CudaForm(
-        "triangle_output", "project_output", "can_project", "check_tensors"
-    ),
-    "output_backward": _CudaForm(
-        "triangle_output_backward", "make_gradients", "can_output_backward", "check_tensors"
-    ),
-    "project_backward": _CudaForm(
-        "triangle_project_backward", "project_backward", "can_project_backward"
-    ),
+    "project_operands": _CudaForm("triangle_project", check="check_operands"),
+    "find_operand_amaxes": _CudaForm("triangle_project", check="check_operands"),
+    "project_output": _CudaForm("triangle_output"),
+    "output_backward": _CudaForm("triangle_output_backward"),
+    "project_backward": _CudaForm("triangle_project_backward", check=None),
 }
 _TRITON_FORMS = {
     "project_operands": triangle_forward.project_operands,
@@ -144,10 +132,10 @@ def _choose(name: str, arguments: tuple, device_index: int) -> Callable:
     form = _CUDA_FORMS.get(name)
     if form is not None and _runs_cuda_forms(device_index):
         module = importlib.import_module(f".{form.module}", __package__)
-        if getattr(module, form.find_reason)(*arguments) is None:
+        if module.find_reason_against(*arguments) is None:
             if form.check is not None:
                 getattr(module, form.check)(*arguments)
-            return getattr(module, form.function)
+            return getattr(module, name)
     return _TRITON_FORMS[name]
 
 

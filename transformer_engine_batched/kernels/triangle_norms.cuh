@@ -73,6 +73,84 @@ __device__ __forceinline__ void normalize_rows(u32 tile, u32 norm, int warp, flo
   }
 }
 
+// LN of the 16 rows of a warp in a tile of `kDim` channels as above, in few registers: a lane has a quarter of two rows, so
+// that each of the norm's parameters is read for both, and reads them twice. Between, it does something else. Returns
+// mean / std and 1 / std of row `row_of_moments`.
+template <int kDim, int kHalfBytes, class Between>
+__device__ __forceinline__ float2 normalize_row_pairs(u32 tile, u32 norm, int warp, float eps, Between between) {
+  const int lane = threadIdx.x % 32, part = lane % 4;
+  norm += part * 32;
+  // Eight neighbouring lanes use different banks. The second row is the eighth behind the first.
+  const u32 even = chunk_address(tile, warp * 16 + (lane & 4) + lane / 8, part), odd = even ^ 64;
+  Moments rows[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float x[kDim / 4], sums[4] = {};
+#pragma unroll
+    for (int j = 0; j < kDim / 32; ++j) {
+      u32 pairs[4];
+      load_shared((j % 2 ? odd : even) + j / 2 * kHalfBytes + i * 1024, pairs);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        x[8 * j + 2 * k] = low_half(pairs[k]);
+        x[8 * j + 2 * k + 1] = high_half(pairs[k]);
+        sums[k] += x[8 * j + 2 * k] + x[8 * j + 2 * k + 1];
+      }
+    }
+    rows[i].mean = (sums[0] + sums[1] + (sums[2] + sums[3])) * (4.0f / kDim);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) sums[k] = 0;
+#pragma unroll
+    for (int n = 0; n < kDim / 4; ++n) {
+      x[n] -= rows[i].mean;
+      sums[n % 4] += x[n] * x[n];
+    }
+    rows[i].square = sums[0] + sums[1] + (sums[2] + sums[3]);
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) rows[i].merge(1, kDim / 4);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) rows[i].merge(2, kDim / 2);
+  between();
+  float rstd[2], shift[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    rstd[i] = rsqrt_approx(rows[i].square * (1.0f / kDim) + eps);
+    shift[i] = rows[i].mean * rstd[i];
+  }
+#pragma unroll
+  for (int j = 0; j < kDim / 32; ++j) {
+    const u32 address = (j % 2 ? odd : even) + j / 2 * kHalfBytes;
+    u32 words[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) load_shared(address + i * 1024, words[i]);
+#pragma unroll
+    for (int k = 0; k < 4; k += 2) {
+      float weight[4], bias[4];
+      load_shared(norm + j * 128 + k * 8, weight);
+      load_shared(norm + kDim * 4 + j * 128 + k * 8, bias);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const u32 pair = words[i][k + h];
+          const float low = low_half(pair) * rstd[i] - shift[i], high = high_half(pair) * rstd[i] - shift[i];
+          words[i][k + h] = pack_bf16(low * weight[2 * h] + bias[2 * h], high * weight[2 * h + 1] + bias[2 * h + 1]);
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) store_shared(address + i * 1024, words[i]);
+  }
+  return part ? make_float2(shift[1], rstd[1]) : make_float2(shift[0], rstd[0]);
+}
+
+// Of the 16 rows of a warp the one whose moments a lane has then; every fourth lane and the one behind it have them all.
+__device__ __forceinline__ int row_of_moments() {
+  const int lane = threadIdx.x % 32;
+  return lane % 2 * 8 + (lane & 4) + lane / 8;
+}
+
 // (c - mean) / std of the 16 positions of a warp in a tile of 128 channels x 64 positions, where it lies, and 1 / std of
 // each position. A lane has two of eight positions at a time, of every eighth channel.
 __device__ __forceinline__ void normalize_columns(u32 tile, u32 rstds, int warp, float eps) {

@@ -201,12 +201,13 @@ __device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0
 
 __device__ __forceinline__ void project_tiles(const Params& params, u32 shared) {
   // From lane 0, so that the compiler knows that a warp agrees on it.
-  const int group = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 128, 0);
-  const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32;
+  const int cta_warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+  const int group = cta_warp / 4, warp = cta_warp % 4, lane = threadIdx.x % 32;
+  const bool is_leader = elect_lane() && warp == 0;
   const u32 stage = shared + kOffsetStages + group * (kBytesZ + kBytesC);
   const u32 norms = shared + kOffsetNorms, barrier = shared + kOffsetBarriers + group * 8;
   const int step = gridDim.x * kGroups, begin = blockIdx.x + group * gridDim.x;
-  if (thread == 0 && begin < params.num_tiles) load_tile(params, begin, stage, barrier);
+  if (is_leader && begin < params.num_tiles) load_tile(params, begin, stage, barrier);
   u32 phase = 0;
   for (int index = begin; index < params.num_tiles; index += step, phase ^= 1) {
     wait_barrier(barrier, phase);
@@ -242,7 +243,7 @@ __device__ __forceinline__ void project_tiles(const Params& params, u32 shared) 
       pin_registers(g);
       if (block == DIM / 64 - 1) {
         sync_group(group);  // all are done with the stage
-        if (thread == 0 && index + step < params.num_tiles) load_tile(params, index + step, stage, barrier);
+        if (is_leader && index + step < params.num_tiles) load_tile(params, index + step, stage, barrier);
       }
 #pragma unroll
       for (int part = 0; part < 2; ++part) {

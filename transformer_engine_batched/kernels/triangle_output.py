@@ -27,7 +27,7 @@ _NUM_GROUPS = 4
 _PARAMETER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def can_project(
+def find_reason_against(
     c: torch.Tensor, z: torch.Tensor, norm_in: Norm, norm_out: Norm, output: GatedProjection
 ) -> Optional[str]:
     """None if `project_output` takes the tensors, or the reason why not.
@@ -66,7 +66,7 @@ def check_tensors(
 ) -> None:
     """Raises where `project_output` does not take the tensors, or they do not fit each other."""
     check_output(c, z, norm_in, norm_out, output)
-    reason = can_project(c, z, norm_in, norm_out, output)
+    reason = find_reason_against(c, z, norm_in, norm_out, output)
     if reason is not None:
         raise ValueError(f"{reason}; use triangle_forward")
 

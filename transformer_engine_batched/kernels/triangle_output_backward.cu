@@ -39,6 +39,7 @@
 constexpr int kPositions = 64;
 constexpr int kChannels = 128;  // of z and of c
 constexpr int kMathThreads = 256;
+constexpr int kMathWarps = kMathThreads / 32;
 constexpr int kThreads = kMathThreads + 128;
 constexpr int kUnitBytes = kPositions * kChannels * 2;
 constexpr int kWeightBytes = kChannels * kChannels * 2;
@@ -205,8 +206,7 @@ __device__ __forceinline__ void fill_units(const Params& params, Tile tile, int 
 
 // --- The last warpgroup: norms
 
-__device__ __forceinline__ void normalize_tiles(const Params& params, u32 shared, const Barriers& barriers) {
-  const int warp = (threadIdx.x - kMathThreads) / 32;
+__device__ __forceinline__ void normalize_tiles(const Params& params, int warp, u32 shared, const Barriers& barriers) {
   Ring ring;
   u32 parity = 0;
   for (int index = blockIdx.x; index < params.num_tiles; index += gridDim.x, parity ^= 1) {
@@ -543,10 +543,10 @@ __device__ __forceinline__ void store_totals(const Totals& totals, const Params&
 }
 
 // From lane 0, so that the compiler knows that a warp agrees on it.
-__device__ __forceinline__ int find_group() { return __shfl_sync(~0u, thread_index() / 128, 0); }
+__device__ __forceinline__ int find_warp() { return __shfl_sync(~0u, thread_index() / 32, 0); }
 
 __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared, const Barriers& barriers) {
-  int group = find_group();
+  int group = find_warp() / 4;
   float scale = 1, amax = 0;
   if (OUT_TYPE != BF16) {
     scale = params.scale[0];
@@ -597,7 +597,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared,
       stage_grad_c(second, norm, units.c + group * 8192, c_stage, scale, amax, words, part);
     }
     store_grad_c(params, tile, c_stage, group);
-    group = find_group();  // else addresses made of it would be kept, and spilled
+    group = find_warp() / 4;  // else addresses made of it would be kept, and spilled
     // The next tile's first products, or those of whatever is there after the last. No products are under way when the
     // loop turns: ptxas 13.0 would serialize all of them (C7514).
     units = take_units(ring, shared, barriers.full);
@@ -610,7 +610,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared,
     // This tile's units become the next ones.
     __syncwarp();
     if (thread_index() % 32 == 0) arrive(barriers.done);
-    if (thread_index() == 0) {
+    if (find_warp() == 0 && elect_lane()) {
       const int unit = ring.unit + (NUM_UNITS - 6);  // six back
       Tile later = tile;
       later.advance(params);
@@ -641,11 +641,12 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) output_backward(const 
   const u32 shared = shared_address(memory);  // dynamic memory alone: it starts at a multiple of 1024
   const u32 full = shared + kOffsetBarriers, ready = full + NUM_UNITS * 8;
   const Barriers barriers = {full, ready, ready + 16, ready + 24};
-  if (threadIdx.x == 0) {
+  const int warp = find_warp();
+  if (warp == 0 && elect_lane()) {
     for (int i = 0; i < NUM_UNITS; ++i) init_barrier(barriers.full + i * 8, 1);
     for (int i = 0; i < 2; ++i) init_barrier(barriers.ready + i * 8, 4);
-    init_barrier(barriers.done, kMathThreads / 32);
-    init_barrier(barriers.read, kMathThreads / 32);
+    init_barrier(barriers.done, kMathWarps);
+    init_barrier(barriers.read, kMathWarps);
     publish_barriers();
     fill_units<0, NUM_UNITS - 1>(params, Tile(params, blockIdx.x), blockIdx.x, shared, barriers.full, 0);
   }
@@ -662,9 +663,9 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) output_backward(const 
   publish_writes();
   __syncthreads();
   // The three warpgroups start with 168 registers a thread each, in sum 504 = 56 + 2 * 224.
-  if (threadIdx.x >= kMathThreads) {
+  if (warp >= kMathWarps) {
     give_registers<56>();
-    normalize_tiles(params, shared, barriers);
+    normalize_tiles(params, warp - kMathWarps, shared, barriers);
   } else {
     take_registers<224>();
     multiply_tiles(params, shared, barriers);

@@ -35,7 +35,7 @@ _NUM_SUMS = (2 * _CHANNELS, 2 * _CHANNELS * (_CHANNELS + 1))
 _PARAMETER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def can_output_backward(
+def find_reason_against(
     grad_out: torch.Tensor,
     c: torch.Tensor,
     z: torch.Tensor,
@@ -45,7 +45,7 @@ def can_output_backward(
 ) -> Optional[str]:
     """None if `output_backward` takes the tensors, or the reason why not.
 
-    Shapes that do not fit each other are errors of `output_backward`, not reasons.
+    Shapes that do not fit each other are errors of `check_tensors`, not reasons.
     """
     named = (("grad_out", grad_out), ("c", c), ("z", z), ("the weights", output.weight_p))
     for name, x in named:
@@ -79,6 +79,22 @@ def can_output_backward(
     return None
 
 
+def check_tensors(
+    grad_out: torch.Tensor,
+    c: torch.Tensor,
+    z: torch.Tensor,
+    norm_in: Norm,
+    norm_out: Norm,
+    output: GatedProjection,
+) -> None:
+    """Raises where `output_backward` does not take the tensors, or they do not fit each other."""
+    check_output(c, z, norm_in, norm_out, output)
+    tiles.check_tensor("grad_out", grad_out, tuple(z.shape), z.device)
+    reason = find_reason_against(grad_out, c, z, norm_in, norm_out, output)
+    if reason is not None:
+        raise ValueError(f"{reason}; use triangle_backward")
+
+
 def output_backward(
     grad_out: torch.Tensor,
     c: torch.Tensor,
@@ -96,7 +112,8 @@ def output_backward(
     """Backward of `triangle_output.project_output`.
 
     One kernel, which reads grad_out, c and z once; the sums over positions are those of each multiprocessor, added
-    in a fixed order: results do not change from run to run.
+    in a fixed order: results do not change from run to run. Tensors are those that `check_tensors` lets through: only
+    options are checked here.
 
     Parameters
     ----------
@@ -120,56 +137,9 @@ def output_backward(
 
     Raises
     ------
-    TypeError, ValueError
-        If dtypes, shapes, strides or options do not fit; `can_output_backward` gives the reason beforehand.
+    ValueError
+        If options do not fit each other.
     """
-    check_tensors(grad_out, c, z, norm_in, norm_out, output)
-    return make_gradients(
-        grad_out,
-        c,
-        z,
-        norm_in,
-        norm_out,
-        output,
-        fp8_dtype=fp8_dtype,
-        scale=scale,
-        amax=amax,
-        force_pow_2_scales=force_pow_2_scales,
-        amax_epsilon=amax_epsilon,
-    )
-
-
-def check_tensors(
-    grad_out: torch.Tensor,
-    c: torch.Tensor,
-    z: torch.Tensor,
-    norm_in: Norm,
-    norm_out: Norm,
-    output: GatedProjection,
-) -> None:
-    """Raises what `output_backward` raises for tensors that do not fit."""
-    check_output(c, z, norm_in, norm_out, output)
-    tiles.check_tensor("grad_out", grad_out, tuple(z.shape), z.device)
-    reason = can_output_backward(grad_out, c, z, norm_in, norm_out, output)
-    if reason is not None:
-        raise ValueError(f"{reason}; use triangle_backward")
-
-
-def make_gradients(
-    grad_out: torch.Tensor,
-    c: torch.Tensor,
-    z: torch.Tensor,
-    norm_in: Norm,
-    norm_out: Norm,
-    output: GatedProjection,
-    *,
-    fp8_dtype: Optional[str] = None,
-    scale: Optional[torch.Tensor] = None,
-    amax: Optional[torch.Tensor] = None,
-    force_pow_2_scales: bool = False,
-    amax_epsilon: float = 0.0,
-) -> OutputGradients:
-    """`output_backward` of tensors that `check_tensors` has seen, or others like them; options are looked at."""
     if fp8_dtype not in (None, "e4m3", "e5m2"):
         raise ValueError(f'`fp8_dtype` must be None, "e4m3" or "e5m2" and came as {fp8_dtype!r}')
     if scale is None and amax is not None or scale is not None and fp8_dtype is None:

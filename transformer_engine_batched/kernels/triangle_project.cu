@@ -42,6 +42,7 @@
 
 constexpr int kPositions = 128;
 constexpr int kMathThreads = 256;
+constexpr int kMathWarps = kMathThreads / 32;
 constexpr int kThreads = kMathThreads + 128;
 constexpr int kHalves = DIM / 64;  // of 128 bytes
 constexpr int kBlockChannels = 32;
@@ -139,10 +140,10 @@ __device__ __forceinline__ int exchange_bits(int position) {
 // --- The first warpgroup: z, and x in its place
 
 __device__ __forceinline__ void load_weights(const Params& params, u32 shared, u32 barrier) {
-  const int lane = threadIdx.x % 32;
-  if (lane == 0) arrive_expecting(barrier, 2 * kBlocks * kBlockBytes);
+  arrive_expecting(barrier, 2 * kBlocks * kBlockBytes);
   // Box i: 8 rows of p or g, of one half, of one block.
-  for (int i = lane; i < 2 * kBlocks * kHalves * 8; i += 32) {
+#pragma unroll 1
+  for (int i = 0; i < 2 * kBlocks * kHalves * 8; ++i) {
     const int slice = i % 8, half = i / 8 % kHalves, block = i / 8 / kHalves;
     const TensorMap& map = slice % 2 ? params.g_map : params.p_map;
     load_box(shared + i * 1024, map, barrier, half * 128, block * kBlockChannels + slice / 2 * 8, 0);
@@ -248,10 +249,11 @@ __device__ __forceinline__ float read_factor(const Params& params, const Tile& t
                                   col * params.mask_col_stride, params.mask_type, 1);
 }
 
-__device__ __forceinline__ void normalize_tiles(const Params& params, u32 shared, const Barriers& barriers) {
-  const int thread = threadIdx.x - kMathThreads, warp = thread / 32;
+__device__ __forceinline__ void normalize_tiles(const Params& params, int warp, u32 shared, const Barriers& barriers) {
+  const int thread = threadIdx.x - kMathThreads;
   const u32 norm = shared + kOffsetNorm;
-  if (warp == 1) load_weights(params, shared, barriers.weights);
+  const bool is_leader = elect_lane();
+  if (warp == 1 && is_leader) load_weights(params, shared, barriers.weights);
   // Four threads share a channel of the product; vector i of thread t: factors 4 * i to 4 * i + 3 of its positions.
   const int member = thread / kVector % 4, place = thread / kGroup * kVector + thread % kVector;
   const u32 factors = shared + kOffsetFactors + place / 4 * 64 + member * 16 + place % 4 * 4;
@@ -259,7 +261,7 @@ __device__ __forceinline__ void normalize_tiles(const Params& params, u32 shared
   const int step = gridDim.x;
   int index_to_fill = blockIdx.x;
   auto fill = [&] {
-    if (thread == 0 && index_to_fill < params.num_tiles) {
+    if (warp == 0 && is_leader && index_to_fill < params.num_tiles) {
       wait_barrier(barriers.empty + filling.stage * 8, filling.phase ^ 1);
       load_tile(params, index_to_fill, shared + kOffsetStages + filling.stage * kStageBytes,
                 barriers.full + filling.stage * 8);
@@ -361,9 +363,7 @@ __device__ __forceinline__ float compute_scale(const Params& params, float amax)
   return amax > 0 && amax <= 3.4028234663852886e38f ? scale : 1.0f;
 }
 
-__device__ __forceinline__ void project_tiles(const Params& params, u32 shared, const Barriers& barriers) {
-  // From lane 0, so that the compiler knows that a warp agrees on it.
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
+__device__ __forceinline__ void project_tiles(const Params& params, int warp, u32 shared, const Barriers& barriers) {
   const int side = warp / 4, lane = threadIdx.x % 32;
   const int channel = warp % 4 * 8 + lane / 4;  // in each block
   constexpr int kOutBytes = OUT_TYPE == BF16 ? 2 : 1;
@@ -447,7 +447,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) project_operands(const
     for (int i = 0; i < NUM_STAGES; ++i) {
       init_barrier(barriers.full + i * 8, 1);
       init_barrier(barriers.ready + i * 8, 4);
-      init_barrier(barriers.empty + i * 8, kMathThreads / 32);
+      init_barrier(barriers.empty + i * 8, kMathWarps);
     }
     init_barrier(barriers.weights, 1);
     publish_barriers();
@@ -457,12 +457,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) project_operands(const
     store_shared(shared + kOffsetNorm + (DIM + i) * 4, read_or(params.norm_bias, i, params.norm_bias_type, 0));
   }
   __syncthreads();
+  // From lane 0, so that the compiler knows that a warp agrees on it.
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32, 0);
   // The three warpgroups start with 168 registers a thread each, in sum 504 = 120 + 2 * 192.
-  if (threadIdx.x >= kMathThreads) {
+  if (warp >= kMathWarps) {
     give_registers<120>();
-    normalize_tiles(params, shared, barriers);
+    normalize_tiles(params, warp - kMathWarps, shared, barriers);
   } else {
     take_registers<192>();
-    project_tiles(params, shared, barriers);
+    project_tiles(params, warp, shared, barriers);
   }
 }

@@ -35,7 +35,7 @@ _PARAMETER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _MASK_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2, torch.bool: 2}
 
 
-def can_project(
+def find_reason_against(
     z: torch.Tensor, norm: Norm, projection: GatedProjection, mask: Optional[torch.Tensor]
 ) -> Optional[str]:
     """None if `project_operands` takes the tensors, or the reason why not.
@@ -79,7 +79,7 @@ def check_operands(
     tiles.check_projection("projection", projection, (rows, dim), (rows, dim), z.device)
     if mask is not None:
         tiles.check_mask(mask, z)
-    reason = can_project(z, norm, projection, mask)
+    reason = find_reason_against(z, norm, projection, mask)
     if reason is not None:
         raise ValueError(f"{reason}; use triangle_forward")
     if tiles.pad(z.shape[1]) ** 2 >= 1 << 31:

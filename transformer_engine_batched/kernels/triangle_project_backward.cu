@@ -7,11 +7,13 @@
 //
 // A launch for each 128 rows, a persistent grid of one CTA per SM, tiles of 64 positions of one row of z. The weights
 // stay in shared memory, their gradients in registers until the end. One warpgroup starts bulk copies, normalizes z where
-// it lies and finishes grad_x. Two others have 64 channels each and do not wait for each other: while one makes dp and dg,
-// the tensor cores are the other's. dp and dg lie in shared memory channel by channel, and are read turned or not.
+// it lies and finishes grad_x, which takes the place of x there; its warps do not wait for each other. Two others have 64
+// channels each and do not wait for each other: while one makes dp and dg, the tensor cores are the other's. dp and dg lie
+// in shared memory channel by channel, and are read turned or not. The first launch keeps x for the others: LN's backward
+// in the last one and the norm would be too much for one warpgroup, and memory has time.
 // Compiled at run time: see nvrtc.py.
 
-#include "triangle.cuh"
+#include "triangle_norms.cuh"
 
 #ifndef DIM               // 64 or 128
 #define DIM 128
@@ -25,13 +27,17 @@
 #ifndef HAS_GRAD          // grad_x is added to what is there
 #define HAS_GRAD 1
 #endif
+#ifndef HAS_X             // a launch before has kept x
+#define HAS_X 0
+#endif
 #ifndef IS_LAST           // the result is the gradient of z
 #define IS_LAST 1
 #endif
-#ifndef NUM_STAGES
-#define NUM_STAGES 3
+#ifndef NUM_STAGES        // as many as there is room for
+#define NUM_STAGES (IS_LAST ? 3 : 4)
 #endif
 
+constexpr bool kKeepsX = !HAS_X && !IS_LAST;
 constexpr int kPositions = 64;
 constexpr int kMathThreads = 256;
 constexpr int kThreads = kMathThreads + 128;
@@ -44,26 +50,26 @@ constexpr int kOffsetStages = 2 * kWeightBytes;
 constexpr int kOffsetGrads = kOffsetStages + NUM_STAGES * kStageBytes;  // [side]: 64 channels
 constexpr int kOffsetDeltas = kOffsetGrads + 2 * kPanelBytes;            // [side]: dp, dg
 constexpr int kOffsetShares = kOffsetDeltas + 4 * kPanelBytes;           // [side]: grad_x of 64 channels
-constexpr int kOffsetStaged = kOffsetShares + 2 * kStageBytes;           // grad_x as it was, z once more
-constexpr int kOffsetNorm = kOffsetStaged + 2 * kStageBytes;
+constexpr int kOffsetStaged = kOffsetShares + 2 * kStageBytes;           // grad_x as it was; if IS_LAST, z once more
+constexpr int kOffsetNorm = kOffsetStaged + (1 + IS_LAST) * kStageBytes;
 constexpr int kOffsetFactors = kOffsetNorm + 2 * DIM * 4;
 constexpr int kOffsetTiles = kOffsetFactors + NUM_STAGES * kPositions * 4;
-constexpr int kTileSlots = NUM_STAGES + 1;  // of 16 bytes: a tile is finished while one is copied that is three ahead
-constexpr int kOffsetBarriers = kOffsetTiles + kTileSlots * 16;
-// Of a row of z: eight lanes normalize it, one for each four channels finishes its gradient.
-constexpr int kNormLanes = 8;
-constexpr int kLanes = DIM / 4;
-constexpr int kRows = 32 / kLanes;   // of a warp at a time
-constexpr int kAtOnce = IS_LAST ? 2 : 4;  // as many of these, whose steps hide each other's latency: few warps run here
+constexpr int kTileSlots = 4;  // of 16 bytes, of each warp of the last warpgroup
+constexpr int kOffsetMoments = kOffsetTiles + 4 * kTileSlots * 16;  // of the tile that is being finished
+constexpr int kOffsetBarriers = kOffsetMoments + IS_LAST * kPositions * 8;
+// Lanes that finish the gradient of a row of z, eight channels each.
+constexpr int kLanes = DIM / 8;
+constexpr int kRows = 32 / kLanes;  // of a warp at a time
+constexpr int kAtOnce = 2;  // as many of these, whose steps hide each other's latency: few warps run here
 
 static_assert(DIM == 64 || DIM == 128, "channels of z");
-static_assert(NUM_STAGES >= 3, "one stage each for copies, the norm and products");
+static_assert(NUM_STAGES == 3 || NUM_STAGES == 4, "stages for copies, the norm and products; slots for tiles");
 
 // triangle_project_backward.py packs this struct.
 struct Params {
-  TensorMap z_map;  // (bytes, columns, rows, items) in boxes of 128 bytes x 64
-  TensorMap z_part_map;  // in boxes of 128 bytes x 16. So is the next one
-  TensorMap grad_x_map;
+  TensorMap z_map;       // (bytes, columns, rows, items) in boxes of 128 bytes x 16
+  TensorMap grad_x_map;  // the same. So is the result, which takes its place
+  TensorMap x_map;       // the same; if it is kept, or has been
   TensorMap p_map;  // (bytes, rows, 1) in boxes of 128 bytes x 128
   TensorMap g_map;
   TensorMap grad_maps[2];  // of each 64 rows: (bytes of a row, channels, rows, items) in boxes of 128 bytes x 64
@@ -72,19 +78,21 @@ struct Params {
   const void* norm_bias;
   const void* p_bias;
   const void* g_bias;
-  char* out;         // may be what `grad_x_map` reads
   float* sums;       // of each CTA: dWp, dbp, dWg, dbg
   float* norm_sums;  // of each CTA: of the norm's weight and bias
+  float2* moments;   // kept with x: mean / std and 1 / std of each position of each tile
   float eps;
   int norm_weight_type, norm_bias_type, p_bias_type, g_bias_type;
   int first_row, num_rows;  // of the weights
   int first_channels[2];    // in the maps of gradients
   int size, tiles_per_row, num_tiles;
+  int step_rows, step_tiles;  // as many tiles as there are CTAs, in rows and tiles of a row
 };
 
 struct Barriers {
   u32 weights;
-  u32 full, ready, empty;         // a stage holds z; it holds x; it is free
+  u32 full;                       // of each stage and 16 positions: z is there
+  u32 ready, empty;               // a stage holds x; products have read it
   u32 grads;                      // of each 64 channels: gradients of the operand are there
   u32 shares_full, shares_empty;  // of each 16 positions: both shares of grad_x are there; both are read
   u32 staged;                     // of each 16 positions: what is behind `kOffsetStaged` is there
@@ -99,6 +107,21 @@ __device__ __forceinline__ Tile locate(const Params& params, int index) {
   return {line / params.size, line % params.size, (index - line * params.tiles_per_row) * kPositions};
 }
 
+// That of the same CTA's next one.
+__device__ __forceinline__ Tile advance(const Params& params, Tile tile) {
+  tile.row += params.step_rows;
+  tile.col += params.step_tiles * kPositions;
+  if (tile.col >= params.size) {
+    tile.col -= params.tiles_per_row * kPositions;
+    ++tile.row;
+  }
+  while (tile.row >= params.size) {
+    tile.row -= params.size;
+    ++tile.item;
+  }
+  return tile;
+}
+
 __device__ __forceinline__ i64 position_of(const Params& params, const Tile& tile) {
   return (static_cast<i64>(tile.item) * params.size + tile.row) * params.size + tile.col;
 }
@@ -106,82 +129,15 @@ __device__ __forceinline__ i64 position_of(const Params& params, const Tile& til
 // --- The last warpgroup: copies, x in the place of z, grad_x
 
 __device__ __forceinline__ void load_weights(const Params& params, u32 shared, u32 barrier) {
-  arrive_expecting(barrier, 2 * kWeightBytes);
-#pragma unroll
-  for (int half = 0; half < kHalves; ++half) {
-    load_box(shared + half * (2 * kPanelBytes), params.p_map, barrier, half * 128, params.first_row, 0);
-    load_box(shared + kWeightBytes + half * (2 * kPanelBytes), params.g_map, barrier, half * 128, params.first_row, 0);
-  }
-}
-
-// LN of the 16 rows of a warp, eight at a time. Returns mean * rstd and rstd: lane 8 * i + j has those of row
-// 4 * j + i, j below 4.
-__device__ __forceinline__ float2 normalize_rows(u32 stage, u32 norm, int warp, float eps) {
-  const int lane = threadIdx.x % 32, part = lane % kNormLanes;
-  float2 moments = make_float2(0, 0);
-#pragma unroll 1
-  for (int pass = 0; pass < 2; ++pass) {
-    u32 addresses[2];
-    float x[2][8 * kHalves], mean[2], rstd[2];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      addresses[i] = chunk_address(stage, warp * 16 + pass * 8 + i * 4 + lane / kNormLanes, part);
-      float total = 0;
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        u32 pairs[4];
-        load_shared(addresses[i] + half * kPanelBytes, pairs);
-#pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          const int n = half * 8 + k * 2;
-          x[i][n] = low_half(pairs[k]);
-          x[i][n + 1] = high_half(pairs[k]);
-          total += x[i][n] + x[i][n + 1];
-        }
-      }
-      mean[i] = total;
-    }
-    sum_each<kNormLanes>(mean);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      mean[i] *= 1.0f / DIM;
-      float square = 0;
-#pragma unroll
-      for (int n = 0; n < 8 * kHalves; ++n) {
-        x[i][n] -= mean[i];
-        square += x[i][n] * x[i][n];
-      }
-      rstd[i] = square;
-    }
-    sum_each<kNormLanes>(rstd);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      rstd[i] = rsqrt_approx(rstd[i] * (1.0f / DIM) + eps);
-      if (IS_LAST && part == pass * 2 + i) moments = make_float2(mean[i] * rstd[i], rstd[i]);
-    }
+  if (elect_lane()) {
+    arrive_expecting(barrier, 2 * kWeightBytes);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
-      u32 words[2][4];
-#pragma unroll
-      for (int quarter = 0; quarter < 2; ++quarter) {
-        float weight[4], bias[4];
-        const u32 address = norm + (half * 64 + part * 8 + quarter * 4) * 4;
-        load_shared(address, weight);
-        load_shared(address + DIM * 4, bias);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float* y = x[i] + half * 8 + quarter * 4;
-          words[i][quarter * 2] =
-              pack_bf16(y[0] * rstd[i] * weight[0] + bias[0], y[1] * rstd[i] * weight[1] + bias[1]);
-          words[i][quarter * 2 + 1] =
-              pack_bf16(y[2] * rstd[i] * weight[2] + bias[2], y[3] * rstd[i] * weight[3] + bias[3]);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < 2; ++i) store_shared(addresses[i] + half * kPanelBytes, words[i]);
+      load_box(shared + half * (2 * kPanelBytes), params.p_map, barrier, half * 128, params.first_row, 0);
+      load_box(shared + kWeightBytes + half * (2 * kPanelBytes), params.g_map, barrier, half * 128, params.first_row, 0);
     }
   }
-  return moments;
+  __syncwarp();
 }
 
 // Bits of the mask at a position, and the number that they are.
@@ -196,188 +152,260 @@ __device__ __forceinline__ float decode_mask(u32 bits) {
   return MASK == 2 ? low_half(bits) : static_cast<float>(bits);
 }
 
-// Four values that 8 bytes of shared memory hold.
-__device__ __forceinline__ void load_values(u32 address, float (&x)[4]) {
-  float pairs[2];
-  load_shared(address, pairs);
+// What a lane keeps of its eight channels between tiles: sums for the gradients of the norm's weight, then bias. They are
+// volatile, else they would take registers where others are needed more.
+struct alignas(16) NormSums {
+  float values[16];
+};
+
+__device__ __forceinline__ void load_sums(const NormSums& sums, float (&x)[16]) {
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    x[2 * k] = low_half(static_cast<u32>(__float_as_int(pairs[k])));
-    x[2 * k + 1] = high_half(static_cast<u32>(__float_as_int(pairs[k])));
+  for (int k = 0; k < 4; ++k) {
+    const volatile float4& four = reinterpret_cast<const volatile float4*>(sums.values)[k];
+    x[4 * k] = four.x, x[4 * k + 1] = four.y, x[4 * k + 2] = four.z, x[4 * k + 3] = four.w;
   }
 }
 
-__device__ __forceinline__ void add_values(u32 address, float (&x)[4]) {
-  float y[4];
-  load_values(address, y);
+__device__ __forceinline__ void store_sums(NormSums& sums, const float (&x)[16]) {
 #pragma unroll
-  for (int k = 0; k < 4; ++k) x[k] += y[k];
+  for (int k = 0; k < 4; ++k) {
+    volatile float4& four = reinterpret_cast<volatile float4*>(sums.values)[k];
+    four.x = x[4 * k], four.y = x[4 * k + 1], four.z = x[4 * k + 2], four.w = x[4 * k + 3];
+  }
 }
 
-// What a lane keeps of its four channels: the norm's weight, sums for the gradients of its parameters.
-struct NormState {
-  float weight[4], weight_sums[4], bias_sums[4];
-};
-
-// The 16 rows of a warp: both shares and what is there already, and LN's backward behind the last rows of the weights.
-__device__ __forceinline__ void finish_rows(const Params& params, const Tile& tile, u32 shared, int warp, float2 moments,
-                                            NormState& state) {
-  const int lane = threadIdx.x % 32, part = lane % kLanes, first = warp * 16 + lane / kLanes;
-  const int num_rows = params.size - tile.col;  // of the tile
-  char* out = params.out + (position_of(params, tile) + first) * (DIM * 2) + part * 8;
-  const u32 panel = shared + part / 16 * kPanelBytes + part % 2 * 8;
+// The 16 rows of a warp: both shares and what is there already, and LN's backward behind the last rows of the weights. The
+// result takes the place of x once products, and the bulk store that keeps it, have read it.
+__device__ __forceinline__ void finish_rows(u32 shared, u32 stage, int warp, u32 empty, u32 parity, NormSums& norm_sums) {
+  const int lane = threadIdx.x % 32, part = lane % kLanes;
+  const u32 panel = part / 8 * kPanelBytes, norm = shared + kOffsetNorm + part * 32;
+  float col_sums[16];  // of x * hat, then of x
+  if (IS_LAST) load_sums(norm_sums, col_sums);
 #pragma unroll 1
-  for (int row = first; row < first + 16; row += kAtOnce * kRows) {
-    float x[kAtOnce][4], hat[kAtOnce][4], rstd[kAtOnce], sums[2 * kAtOnce] = {};  // of x; of x * hat
+  for (int first = 0; first < 16; first += kAtOnce * kRows) {
+    float x[kAtOnce][8], sums[2 * kAtOnce] = {};  // of x * weight; of x * weight * hat
+    float row_moments[kAtOnce][2];  // mean / std, 1 / std
+    u32 places[kAtOnce];
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const u32 address = chunk_address(panel, row + i * kRows, part / 2);
-      load_values(address + kOffsetShares, x[i]);
-      if (IS_LAST) load_values(address + kOffsetStaged + kStageBytes, hat[i]);
-      add_values(address + kOffsetShares + kStageBytes, x[i]);
-      if (HAS_GRAD) add_values(address + kOffsetStaged, x[i]);
-    }
-    if (IS_LAST) {
+      const int row = first + i * kRows + lane / kLanes;
+      places[i] = chunk_address(panel, warp * 16 + row, part);
+      load_values(shared + kOffsetShares + places[i], x[i]);
+      add_values(shared + kOffsetShares + kStageBytes + places[i], x[i]);
+      if (HAS_GRAD) add_values(shared + kOffsetStaged + places[i], x[i]);
+      if (IS_LAST) {
+        load_shared(shared + kOffsetMoments + (warp * 16 + row) * 8, row_moments[i]);
+        u32 pairs[4];
+        load_shared(shared + kOffsetStaged + kStageBytes + places[i], pairs);
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const int source = (row + i * kRows & 3) * 8 + (row + i * kRows >> 2 & 3);
-        const float shift = __shfl_sync(~0u, moments.x, source);
-        rstd[i] = __shfl_sync(~0u, moments.y, source);
+        for (int half = 0; half < 2; ++half) {
+          float weight[4];
+          load_shared(norm + half * 16, weight);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-          hat[i][k] = hat[i][k] * rstd[i] - shift;
-          state.weight_sums[k] += x[i][k] * hat[i][k];
-          state.bias_sums[k] += x[i][k];
-          x[i][k] *= state.weight[k];
-          sums[i] += x[i][k];
-          sums[i + kAtOnce] += x[i][k] * hat[i][k];
+          for (int k = 0; k < 4; ++k) {
+            const float z = k % 2 ? high_half(pairs[half * 2 + k / 2]) : low_half(pairs[half * 2 + k / 2]);
+            const float hat = z * row_moments[i][1] - row_moments[i][0];
+            const int n = half * 4 + k;
+            col_sums[n] += x[i][n] * hat;
+            col_sums[8 + n] += x[i][n];
+            x[i][n] *= weight[k];
+            sums[i] += x[i][n];
+            sums[i + kAtOnce] += x[i][n] * hat;
+          }
         }
       }
+    }
+    if (IS_LAST) {
       sum_each<kLanes>(sums);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        const float factor = rstd[i] * (-1.0f / DIM), sum = sums[i] * factor, product = sums[i + kAtOnce] * factor;
+        const float rstd = row_moments[i][1], factor = rstd * (-1.0f / DIM);
+        const float product = sums[i + kAtOnce] * factor;
+        const float slope = product * rstd, offset = sums[i] * factor - product * row_moments[i][0];
+        float z[8];
+        load_values(shared + kOffsetStaged + kStageBytes + places[i], z);
 #pragma unroll
-        for (int k = 0; k < 4; ++k) x[i][k] = hat[i][k] * product + (x[i][k] * rstd[i] + sum);
+        for (int k = 0; k < 8; ++k) x[i][k] = x[i][k] * rstd + (z[k] * slope + offset);
+      }
+    }
+    if (first == 0) {
+      wait_barrier(empty, parity);
+      if (kKeepsX) {
+        if (elect_lane()) wait_for_reading_stores();
+        __syncwarp();
       }
     }
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      if (row + i * kRows >= num_rows) continue;
-      *reinterpret_cast<uint2*>(out + (row - first + i * kRows) * (DIM * 2)) =
-          make_uint2(pack_bf16(x[i][0], x[i][1]), pack_bf16(x[i][2], x[i][3]));
+      u32 words[4];
+#pragma unroll
+      for (int k = 0; k < 4; ++k) words[k] = pack_bf16(x[i][2 * k], x[i][2 * k + 1]);
+      store_shared(stage + places[i], words);
     }
   }
+  if (IS_LAST) store_sums(norm_sums, col_sums);
 }
 
 __device__ __forceinline__ void finish_tiles(const Params& params, u32 shared, const Barriers& barriers) {
-  const int thread = threadIdx.x - kMathThreads, warp = thread / 32, lane = thread % 32;
+  // From lane 0, so that the compiler knows that a warp agrees on it.
+  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = threadIdx.x % 32;
   const int step = gridDim.x;
   const u32 norm = shared + kOffsetNorm, factors = shared + kOffsetFactors;
   const int num_tiles = (params.num_tiles - static_cast<int>(blockIdx.x) + step - 1) / step;
-  // As the thread that copies the tile has left it: divisions are slow.
+  const u32 tiles = shared + kOffsetTiles + warp * (kTileSlots * 16);
+  // As `fill_z` has left it: divisions are slow.
   auto find_tile = [&](int i) {
     u32 words[4];
-    load_shared(shared + kOffsetTiles + i % kTileSlots * 16, words);
+    load_shared(tiles + i % kTileSlots * 16, words);
     return Tile{static_cast<int>(words[0]), static_cast<int>(words[1]), static_cast<int>(words[2])};
   };
+  // A warp's 16 rows of z, where the same warp's result of a tile before may still be read from.
   auto fill_z = [&](int i) {
-    if (thread == 0 && i < num_tiles) {
-      const Tile tile = locate(params, blockIdx.x + i * step);
-      const u32 words[4] = {static_cast<u32>(tile.item), static_cast<u32>(tile.row), static_cast<u32>(tile.col), 0};
-      const int stage = i % NUM_STAGES;
-      const u32 barrier = barriers.full + stage * 8, target = shared + kOffsetStages + stage * kStageBytes;
-      wait_barrier(barriers.empty + stage * 8, i / NUM_STAGES % 2 ^ 1);
-      store_shared(shared + kOffsetTiles + i % kTileSlots * 16, words);
-      arrive_expecting(barrier, kStageBytes);
+    if (i < num_tiles) {
+      const Tile tile = i == 0 ? locate(params, blockIdx.x) : advance(params, find_tile(i - 1));
+      if (elect_lane()) {
+        const u32 words[4] = {static_cast<u32>(tile.item), static_cast<u32>(tile.row), static_cast<u32>(tile.col), 0};
+        const u32 barrier = barriers.full + (i % NUM_STAGES * 4 + warp) * 8;
+        const u32 target = shared + kOffsetStages + i % NUM_STAGES * kStageBytes + warp * 2048;
+        wait_for_reading_stores();
+        store_shared(tiles + i % kTileSlots * 16, words);
+        arrive_expecting(barrier, kHalves * 2048);
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        load_box(target + half * kPanelBytes, params.z_map, barrier, half * 128, tile.col, tile.row, tile.item);
+        for (int half = 0; half < kHalves; ++half) {
+          const int col = tile.col + warp * 16;
+          load_box(target + half * kPanelBytes, HAS_X ? params.x_map : params.z_map, barrier, half * 128, col, tile.row,
+                   tile.item);
+          if (HAS_X && IS_LAST) {
+            // What is staged later; there is room for one tile of it, and memory is slower than a tile.
+            prefetch_box(params.grad_x_map, half * 128, col, tile.row, tile.item);
+            prefetch_box(params.z_map, half * 128, col, tile.row, tile.item);
+          }
+        }
       }
     }
     __syncwarp();
   };
   // A warp's 16 rows of what grad_x is finished with.
-  auto stage_rows = [&](int i, const Tile& tile) {
+  auto stage_rows = [&](int i) {
     constexpr int kTensors = HAS_GRAD + IS_LAST;
-    if (kTensors > 0 && lane == 0 && i < num_tiles) {
-      const u32 barrier = barriers.staged + warp * 8, target = shared + kOffsetStaged + warp * 2048;
-      arrive_expecting(barrier, kTensors * kHalves * 2048);
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
+    if (kTensors > 0 && i < num_tiles) {
+      const Tile tile = find_tile(i);
+      if (elect_lane()) {
+        const u32 barrier = barriers.staged + warp * 8, target = shared + kOffsetStaged + warp * 2048;
         const int col = tile.col + warp * 16;
-        if (HAS_GRAD) {
-          load_box(target + half * kPanelBytes, params.grad_x_map, barrier, half * 128, col, tile.row, tile.item);
-        }
-        if (IS_LAST) {
-          load_box(target + kStageBytes + half * kPanelBytes, params.z_part_map, barrier, half * 128, col, tile.row,
-                   tile.item);
+        arrive_expecting(barrier, kTensors * kHalves * 2048);
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          const u32 part = target + half * kPanelBytes;
+          if (HAS_GRAD) load_box(part, params.grad_x_map, barrier, half * 128, col, tile.row, tile.item);
+          if (IS_LAST) load_box(part + kStageBytes, params.z_map, barrier, half * 128, col, tile.row, tile.item);
         }
       }
     }
     __syncwarp();
   };
-  auto normalize = [&](int i) {
+  // x for the products. Returns moments: after the norm as it does, else those of row `lane`.
+  auto prepare = [&](int i) {
     const int stage = i % NUM_STAGES;
-    wait_barrier(barriers.full + stage * 8, i / NUM_STAGES % 2);
+    float2* kept_moments = params.moments + (static_cast<i64>(blockIdx.x) + static_cast<i64>(i) * step) * kPositions;
+    float2 moments = make_float2(0, 0);
+    if (HAS_X && IS_LAST && lane < 16) moments = kept_moments[warp * 16 + lane];  // until it is stored it is on its way
     const Tile tile = find_tile(i);
-    const bool is_masked = MASK && thread < kPositions;
     u32 mask = 0;
-    if (is_masked && tile.col + thread < params.size) mask = read_mask(params, position_of(params, tile) + thread);
-    const float2 moments = normalize_rows(shared + kOffsetStages + stage * kStageBytes, norm, warp, params.eps);
-    pin_value(mask);  // until here it is on its way
-    if (is_masked) store_shared(factors + (stage * kPositions + thread) * 4, decode_mask(mask));
+    if (MASK) {
+      const int row = warp * 16 + lane;
+      if (lane < 16 && tile.col + row < params.size) mask = read_mask(params, position_of(params, tile) + row);
+    }
+    // The stage whose result was stored last; in the middle of the norm it has been read.
+    auto refill = [&] {
+      if (i > 1) fill_z(i + NUM_STAGES - 2);
+    };
+    wait_barrier(barriers.full + (stage * 4 + warp) * 8, i / NUM_STAGES % 2);
+    const u32 tile_at = shared + kOffsetStages + stage * kStageBytes;
+    if (!HAS_X) moments = normalize_row_pairs<DIM, kPanelBytes>(tile_at, norm, warp, params.eps, refill);
+    if (MASK) {
+      pin_value(mask);  // until here it is on its way
+      if (lane < 16) store_shared(factors + (stage * kPositions + warp * 16 + lane) * 4, decode_mask(mask));
+    }
     publish_writes();
     __syncwarp();
     if (lane == 0) arrive(barriers.ready + stage * 8);
+    if (HAS_X) refill();
+    if (kKeepsX) {
+      if (lane % 4 < 2) kept_moments[warp * 16 + row_of_moments()] = moments;
+      if (elect_lane()) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          store_box(params.x_map, tile_at + half * kPanelBytes + warp * 2048, half * 128, tile.col + warp * 16, tile.row,
+                    tile.item);
+        }
+        commit_stores();
+      }
+      __syncwarp();
+    }
     return moments;
   };
-  NormState state;
+  // For the same warp to read.
+  auto share_moments = [&](float2 moments) {
+    const u32 bits[2] = {static_cast<u32>(__float_as_int(moments.x)), static_cast<u32>(__float_as_int(moments.y))};
+    const int row = HAS_X ? lane : row_of_moments();
+    if (HAS_X ? lane < 16 : lane % 4 < 2) store_shared(shared + kOffsetMoments + (warp * 16 + row) * 8, bits);
+    __syncwarp();
+  };
+  auto finish = [&](int i, NormSums& state) {
+    const int stage = i % NUM_STAGES;
+    const u32 target = shared + kOffsetStages + stage * kStageBytes;
+    if (HAS_GRAD || IS_LAST) wait_barrier(barriers.staged + warp * 8, i % 2);
+    wait_barrier(barriers.shares_full + warp * 8, i % 2);
+    finish_rows(shared, target, warp, barriers.empty + stage * 8, i / NUM_STAGES % 2, state);
+    publish_writes();
+    __syncwarp();
+    const Tile tile = find_tile(i);
+    if (elect_lane()) {
+      arrive(barriers.shares_empty + warp * 8);
 #pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    state.weight[k] = load_shared(norm + (lane % kLanes * 4 + k) * 4);
-    state.weight_sums[k] = state.bias_sums[k] = 0;
-  }
-  if (thread == 0) load_weights(params, shared, barriers.weights);
-  for (int i = 0; i < NUM_STAGES; ++i) fill_z(i);
-  stage_rows(0, locate(params, blockIdx.x));
-  // Tiles that are normalized and not finished: no more, so that the copy of the next has a tile's time.
-  constexpr int kAhead = 1;
-  float2 moments[kAhead + 1] = {};
-#pragma unroll 1
-  for (int i = -kAhead; i < num_tiles; ++i) {
-    if (i + kAhead < num_tiles) moments[kAhead] = normalize(i + kAhead);
-    if (i >= 0) {
-      if (HAS_GRAD || IS_LAST) wait_barrier(barriers.staged + warp * 8, i % 2);
-      wait_barrier(barriers.shares_full + warp * 8, i % 2);
-      finish_rows(params, find_tile(i), shared, warp, moments[0], state);
-      __syncwarp();
-      if (lane == 0) arrive(barriers.shares_empty + warp * 8);
-      stage_rows(i + 1, find_tile(i + 1));
-      fill_z(i + NUM_STAGES);  // products of this tile are done, or nearly so
+      for (int half = 0; half < kHalves; ++half) {
+        store_box(params.grad_x_map, target + half * kPanelBytes + warp * 2048, half * 128, tile.col + warp * 16,
+                  tile.row, tile.item);
+      }
+      commit_stores();
     }
-#pragma unroll
-    for (int k = 0; k < kAhead; ++k) moments[k] = moments[k + 1];
+    __syncwarp();
+    stage_rows(i + 1);
+  };
+  NormSums state;
+  if (IS_LAST) store_sums(state, {});
+  if (warp == 0) load_weights(params, shared, barriers.weights);
+  for (int i = 0; i < NUM_STAGES; ++i) fill_z(i);
+  stage_rows(0);
+  const float2 moments = prepare(0);
+  if (IS_LAST) share_moments(moments);
+#pragma unroll 1
+  for (int i = 0; i < num_tiles; ++i) {
+    // One tile ahead, so that the products always have work.
+    float2 next = make_float2(0, 0);
+    if (i + 1 < num_tiles) next = prepare(i + 1);
+    finish(i, state);
+    if (IS_LAST) share_moments(next);
   }
+  if (elect_lane()) wait_for_stores();
+  __syncwarp();
   if (IS_LAST) {
     // Rows of a warp, then warps, in a fixed order.
     float* sums = params.norm_sums + static_cast<i64>(blockIdx.x) * (2 * DIM);
     const u32 parts = shared + kOffsetShares;  // which all warps have read behind the barrier
     sync_group(2);
+    float col_sums[16];
+    load_sums(state, col_sums);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 16; ++k) {
+      float sum = col_sums[k];
 #pragma unroll
-      for (int mask = kLanes; mask < 32; mask *= 2) {
-        state.weight_sums[k] += __shfl_xor_sync(~0u, state.weight_sums[k], mask);
-        state.bias_sums[k] += __shfl_xor_sync(~0u, state.bias_sums[k], mask);
-      }
-      if (lane < kLanes) {
-        store_shared(parts + (warp * 2 * DIM + lane * 4 + k) * 4, state.weight_sums[k]);
-        store_shared(parts + (warp * 2 * DIM + DIM + lane * 4 + k) * 4, state.bias_sums[k]);
-      }
+      for (int mask = kLanes; mask < 32; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
+      if (lane < kLanes) store_shared(parts + (warp * 2 * DIM + k / 8 * DIM + lane * 8 + k % 8) * 4, sum);
     }
     sync_group(2);
-    for (int i = thread; i < 2 * DIM; i += 128) {
+    for (int i = threadIdx.x % 128; i < 2 * DIM; i += 128) {
       float sum = 0;
 #pragma unroll
       for (int w = 0; w < 4; ++w) sum += load_shared(parts + (w * 2 * DIM + i) * 4);
@@ -469,8 +497,11 @@ __device__ __forceinline__ void store_totals(float* target, const float (&totals
 // Gradients of the operand, of 64 channels.
 __device__ __forceinline__ void load_grads(const Params& params, int index, int side, u32 target, u32 barrier) {
   const Tile tile = locate(params, index);
-  arrive_expecting(barrier, kPanelBytes);
-  load_box(target, params.grad_maps[side], barrier, tile.col * 2, params.first_channels[side], tile.row, tile.item);
+  if (elect_lane()) {
+    arrive_expecting(barrier, kPanelBytes);
+    load_box(target, params.grad_maps[side], barrier, tile.col * 2, params.first_channels[side], tile.row, tile.item);
+  }
+  __syncwarp();
 }
 
 // `side` is a constant, and so are the addresses of all operands: registers are scarce here.
@@ -501,8 +532,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared,
 #pragma unroll
   for (int n = 0; n < kTotals; ++n) p_totals[n] = g_totals[n] = 0;
   float p[32], g[32];
-  if (threadIdx.x % 128 == 0) load_grads(params, blockIdx.x, side, grads, grads_full);
-  __syncwarp();
+  if (warp == 0) load_grads(params, blockIdx.x, side, grads, grads_full);
   wait_barrier(barriers.weights, 0);
   wait_barrier(barriers.ready, 0);
   start_projections(p, g, weights, x);
@@ -541,7 +571,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared,
       multiply_bf16<0, 1>(g_totals, deltas + kPanelBytes / 16 + k * 2, tile + k * 128, 1);
     }
     commit_products();
-    if (threadIdx.x % 128 == 0 && i + 1 < num_tiles) {
+    if (warp == 0 && i + 1 < num_tiles) {
       load_grads(params, blockIdx.x + (i + 1) * gridDim.x, side, grads, grads_full);
     }
     __syncwarp();
@@ -595,7 +625,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) project_backward(const
   };
   Barriers barriers;
   barriers.weights = make(1, 1);
-  barriers.full = make(NUM_STAGES, 1);
+  barriers.full = make(NUM_STAGES * 4, 1);
   barriers.ready = make(NUM_STAGES, 4);
   barriers.empty = make(NUM_STAGES, kMathThreads / 32);
   barriers.grads = make(2, 1);

@@ -24,15 +24,13 @@ _POSITIONS = 64
 _ROWS = 128  # of the weights, in one launch
 _CHANNELS = 64  # of one operand, of each half of those rows
 _NUM_THREADS = 384
-_NUM_STAGES = 3
-_NUM_BARRIERS = 1 + 3 * _NUM_STAGES + 14
 # As the kernel's `read` counts them.
 _PARAMETER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 # As its definition `MASK` does.
 _MASK_TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.uint8: 3, torch.bool: 3}
 
 
-def can_project_backward(
+def find_reason_against(
     grad_a: torch.Tensor,
     grad_b: torch.Tensor,
     z: torch.Tensor,
@@ -115,7 +113,7 @@ def project_backward(
     Raises
     ------
     TypeError, ValueError
-        If dtypes, shapes or strides do not fit; `can_project_backward` gives the reason beforehand.
+        If dtypes, shapes or strides do not fit; `find_reason_against` gives the reason beforehand.
 
     Examples
     --------
@@ -132,13 +130,18 @@ def project_backward(
     grad_z = torch.empty_like(z) if grad_x is None else grad_x
     dim, rows = z.shape[3], projection.weight_p.shape[0]
     device_index = z.get_device()
-    num_tiles = z.shape[0] * z.shape[1] * -(-z.shape[2] // _POSITIONS)
+    tiles_per_row = -(-z.shape[2] // _POSITIONS)
+    num_tiles = z.shape[0] * z.shape[1] * tiles_per_row
     num_ctas = min(num_tiles, tiles.num_multiprocessors(device_index))
     make = torch.empty if num_ctas else torch.zeros
     sums = make((max(num_ctas, 1), 2 * rows * (dim + 1)), dtype=torch.float32, device=z.device)
     norm_sums = make((max(num_ctas, 1), 2 * dim), dtype=torch.float32, device=z.device)
     if num_ctas:
-        maps = _encode_maps(z, grad_z, projection)
+        # x and its moments, for all launches behind the first.
+        num_kept = num_tiles if rows > _ROWS else 0
+        x = torch.empty_like(z) if num_kept else z
+        moments = torch.empty((num_kept, _POSITIONS, 2), dtype=torch.float32, device=z.device)
+        maps = _encode_maps(z, grad_z, x, projection)
         for first in range(0, rows, _ROWS):
             is_first, is_last = first == 0, first + _ROWS == rows
             has_grad = grad_x is not None or not is_first
@@ -147,17 +150,17 @@ def project_backward(
                 ("MASK", 0 if mask is None else _MASK_TYPES[mask.dtype]),
                 ("HAS_BIAS", int(projection.bias_p is not None or projection.bias_g is not None)),
                 ("HAS_GRAD", int(has_grad)),
+                ("HAS_X", int(not is_first)),
                 ("IS_LAST", int(is_last)),
-                ("NUM_STAGES", _NUM_STAGES),
             )
             grads, channels = [], []
             for row in (first, first + _CHANNELS):
                 grad, channel = (grad_a, row) if row < rows // 2 else (grad_b, row - rows // 2)
                 grads.append(_encode_grad_map(grad))
                 channels.append(channel)
-            pointers = (mask, *norm[:2], *projection[1::2], grad_z, sums, norm_sums)
+            pointers = (mask, *norm[:2], *projection[1::2], sums, norm_sums, moments)
             values = struct.pack(
-                "<8Qf11i",
+                "<8Qf13i",
                 *(0 if x is None else x.data_ptr() for x in pointers),
                 norm.eps,
                 *(0 if x is None else _PARAMETER_TYPES[x.dtype] for x in pointers[1:5]),
@@ -165,8 +168,9 @@ def project_backward(
                 rows,
                 *channels,
                 z.shape[1],
-                -(-z.shape[1] // _POSITIONS),
+                tiles_per_row,
                 num_tiles,
+                *divmod(num_ctas, tiles_per_row),
             )
             # Size of the struct: a multiple of its alignment, 64.
             values += bytes(-len(values) % 64)
@@ -178,15 +182,17 @@ def project_backward(
     return InputGradients(grad_z, Norm(*norm_grads, norm.eps), grads)
 
 
-def shared_bytes(dim: int) -> int:
+def shared_bytes(dim: int, is_last: bool) -> int:
     """Dynamic shared memory of a CTA: weights, tiles, the norm's parameters, masks, places, barriers."""
     weights = 2 * _ROWS * dim * 2
+    num_stages = 3 if is_last else 4
     # A tile of x in each stage; grad_x of both halves of the rows, what it is added to, and z.
-    positions = (_NUM_STAGES + 4) * _POSITIONS * dim * 2
+    positions = (num_stages + 3 + is_last) * _POSITIONS * dim * 2
     # The operand's gradient, dp and dg.
     channels = 3 * _ROWS * _POSITIONS * 2
-    small = 2 * dim * 4 + _NUM_STAGES * _POSITIONS * 4 + 16 * (_NUM_STAGES + 1) + 8 * _NUM_BARRIERS
-    return weights + positions + channels + small
+    # Weights and biases of the norm, the mask, places of tiles, moments of rows.
+    small = 2 * dim * 4 + num_stages * _POSITIONS * 4 + 4 * 4 * 16 + is_last * _POSITIONS * 8
+    return weights + positions + channels + small + 8 * (1 + 6 * num_stages + 14)
 
 
 def _check(
@@ -213,21 +219,20 @@ def _check(
         tiles.check_tensor("grad_x", grad_x, tuple(z.shape), z.device)
         if grad_x.dtype != z.dtype:
             raise TypeError(f"`grad_x` must be {z.dtype} as z and came as {grad_x.dtype}")
-    reason = can_project_backward(grad_a, grad_b, z, norm, projection, mask, grad_x)
+    reason = find_reason_against(grad_a, grad_b, z, norm, projection, mask, grad_x)
     if reason is not None:
         raise ValueError(f"{reason}; use triangle_backward")
 
 
 def _encode_maps(
-    z: torch.Tensor, grad_z: torch.Tensor, projection: GatedProjection
+    z: torch.Tensor, grad_z: torch.Tensor, x: torch.Tensor, projection: GatedProjection
 ) -> tuple[bytes, ...]:
-    """Of z, 64 and 16 positions at a time, of the gradient of x, and of both weights."""
+    """Of z, the gradient of x and x, 16 positions at a time, and of both weights."""
     batch, size, _, dim = z.shape
     sizes = (2 * dim, size, size, batch)
     strides = (2 * dim, 2 * size * dim, 2 * size * size * dim)
     positions = [
-        encode_tensor_map(x.data_ptr(), sizes, strides, (128, box, 1, 1))
-        for x, box in ((z, _POSITIONS), (z, 16), (grad_z, 16))
+        encode_tensor_map(y.data_ptr(), sizes, strides, (128, 16, 1, 1)) for y in (z, grad_z, x)
     ]
     rows = projection.weight_p.shape[0]
     weights = [
@@ -260,5 +265,5 @@ def _get_kernel(definitions: tuple) -> Kernel:
         "project_backward",
         values,
         _NUM_THREADS,
-        shared_bytes(values["DIM"]),
+        shared_bytes(values["DIM"], bool(values["IS_LAST"])),
     )

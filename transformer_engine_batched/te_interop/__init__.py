@@ -5,4 +5,3 @@ Everything that the package knows of the inside of TE 2.20 is here, by the part 
 `quantizers`, `recipes`, `modules`. Each imports only from those named before it, and nothing of this package that
 plans or runs products.
 """
-
