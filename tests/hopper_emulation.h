@@ -256,8 +256,6 @@ inline void load_box(u32 target, const TensorMap& map, u32 barrier, int byte, in
 // As late as they may be: when they are waited for.
 inline thread_local std::vector<std::function<void()>> pending_stores;
 
-inline void prefetch_box(const TensorMap&, int, int, int, int) {}
-
 inline void store_box(const TensorMap& map, u32 source, int byte, int col, int row, int item) {
   pending_stores.push_back([&map, source, byte, col, row, item] {
     const u64* words = map.words;

@@ -109,13 +109,6 @@ __device__ __forceinline__ void load_box(u32 target, const TensorMap& map, u32 b
       : "memory");
 }
 
-// Asks the L2 cache for it.
-__device__ __forceinline__ void prefetch_box(const TensorMap& map, int byte, int col, int row, int item) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map), "r"(byte), "r"(col),
-               "r"(row), "r"(item)
-               : "memory");
-}
-
 // Writes a box of a map with four dims; what lies outside is not written. Stores are waited for in groups.
 __device__ __forceinline__ void store_box(const TensorMap& map, u32 source, int byte, int col, int row, int item) {
   asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),

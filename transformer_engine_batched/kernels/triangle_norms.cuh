@@ -75,7 +75,7 @@ __device__ __forceinline__ void normalize_rows(u32 tile, u32 norm, int warp, flo
 
 // LN of the 16 rows of a warp in a tile of `kDim` channels as above, in few registers: a lane has a quarter of two rows, so
 // that each of the norm's parameters is read for both, and reads them twice. Between, it does something else. Returns
-// mean / std and 1 / std of row `row_of_moments`.
+// mean / std and 1 / std of a row, for `store_moments`.
 template <int kDim, int kHalfBytes, class Between>
 __device__ __forceinline__ float2 normalize_row_pairs(u32 tile, u32 norm, int warp, float eps, Between between) {
   const int lane = threadIdx.x % 32, part = lane % 4;
@@ -145,10 +145,12 @@ __device__ __forceinline__ float2 normalize_row_pairs(u32 tile, u32 norm, int wa
   return part ? make_float2(shift[1], rstd[1]) : make_float2(shift[0], rstd[0]);
 }
 
-// Of the 16 rows of a warp the one whose moments a lane has then; every fourth lane and the one behind it have them all.
-__device__ __forceinline__ int row_of_moments() {
-  const int lane = threadIdx.x % 32;
-  return lane % 2 * 8 + (lane & 4) + lane / 8;
+// Those of a tile's rows, from the lanes that have them; for the same warp to read.
+__device__ __forceinline__ void store_moments(u32 target, int warp, float2 moments) {
+  const int lane = threadIdx.x % 32, part = lane % 4;
+  const u32 bits[2] = {static_cast<u32>(__float_as_int(moments.x)), static_cast<u32>(__float_as_int(moments.y))};
+  if (part < 2) store_shared(target + (warp * 16 + part * 8 + (lane & 4) + lane / 8) * 8, bits);
+  __syncwarp();
 }
 
 // (c - mean) / std of the 16 positions of a warp in a tile of 128 channels x 64 positions, where it lies, and 1 / std of

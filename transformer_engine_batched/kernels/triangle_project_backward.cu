@@ -9,8 +9,7 @@
 // stay in shared memory, their gradients in registers until the end. One warpgroup starts bulk copies, normalizes z where
 // it lies and finishes grad_x, which takes the place of x there; its warps do not wait for each other. Two others have 64
 // channels each and do not wait for each other: while one makes dp and dg, the tensor cores are the other's. dp and dg lie
-// in shared memory channel by channel, and are read turned or not. The first launch keeps x for the others: LN's backward
-// in the last one and the norm would be too much for one warpgroup, and memory has time.
+// in shared memory channel by channel, and are read turned or not.
 // Compiled at run time: see nvrtc.py.
 
 #include "triangle_norms.cuh"
@@ -27,9 +26,6 @@
 #ifndef HAS_GRAD          // grad_x is added to what is there
 #define HAS_GRAD 1
 #endif
-#ifndef HAS_X             // a launch before has kept x
-#define HAS_X 0
-#endif
 #ifndef IS_LAST           // the result is the gradient of z
 #define IS_LAST 1
 #endif
@@ -37,7 +33,6 @@
 #define NUM_STAGES (IS_LAST ? 3 : 4)
 #endif
 
-constexpr bool kKeepsX = !HAS_X && !IS_LAST;
 constexpr int kPositions = 64;
 constexpr int kMathThreads = 256;
 constexpr int kThreads = kMathThreads + 128;
@@ -69,7 +64,6 @@ static_assert(NUM_STAGES == 3 || NUM_STAGES == 4, "stages for copies, the norm a
 struct Params {
   TensorMap z_map;       // (bytes, columns, rows, items) in boxes of 128 bytes x 16
   TensorMap grad_x_map;  // the same. So is the result, which takes its place
-  TensorMap x_map;       // the same; if it is kept, or has been
   TensorMap p_map;  // (bytes, rows, 1) in boxes of 128 bytes x 128
   TensorMap g_map;
   TensorMap grad_maps[2];  // of each 64 rows: (bytes of a row, channels, rows, items) in boxes of 128 bytes x 64
@@ -80,7 +74,6 @@ struct Params {
   const void* g_bias;
   float* sums;       // of each CTA: dWp, dbp, dWg, dbg
   float* norm_sums;  // of each CTA: of the norm's weight and bias
-  float2* moments;   // kept with x: mean / std and 1 / std of each position of each tile
   float eps;
   int norm_weight_type, norm_bias_type, p_bias_type, g_bias_type;
   int first_row, num_rows;  // of the weights
@@ -175,7 +168,7 @@ __device__ __forceinline__ void store_sums(NormSums& sums, const float (&x)[16])
 }
 
 // The 16 rows of a warp: both shares and what is there already, and LN's backward behind the last rows of the weights. The
-// result takes the place of x once products, and the bulk store that keeps it, have read it.
+// result takes the place of x once products have read it.
 __device__ __forceinline__ void finish_rows(u32 shared, u32 stage, int warp, u32 empty, u32 parity, NormSums& norm_sums) {
   const int lane = threadIdx.x % 32, part = lane % kLanes;
   const u32 panel = part / 8 * kPanelBytes, norm = shared + kOffsetNorm + part * 32;
@@ -228,13 +221,7 @@ __device__ __forceinline__ void finish_rows(u32 shared, u32 stage, int warp, u32
         for (int k = 0; k < 8; ++k) x[i][k] = x[i][k] * rstd + (z[k] * slope + offset);
       }
     }
-    if (first == 0) {
-      wait_barrier(empty, parity);
-      if (kKeepsX) {
-        if (elect_lane()) wait_for_reading_stores();
-        __syncwarp();
-      }
-    }
+    if (first == 0) wait_barrier(empty, parity);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       u32 words[4];
@@ -272,14 +259,8 @@ __device__ __forceinline__ void finish_tiles(const Params& params, u32 shared, c
         arrive_expecting(barrier, kHalves * 2048);
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
-          const int col = tile.col + warp * 16;
-          load_box(target + half * kPanelBytes, HAS_X ? params.x_map : params.z_map, barrier, half * 128, col, tile.row,
+          load_box(target + half * kPanelBytes, params.z_map, barrier, half * 128, tile.col + warp * 16, tile.row,
                    tile.item);
-          if (HAS_X && IS_LAST) {
-            // What is staged later; there is room for one tile of it, and memory is slower than a tile.
-            prefetch_box(params.grad_x_map, half * 128, col, tile.row, tile.item);
-            prefetch_box(params.z_map, half * 128, col, tile.row, tile.item);
-          }
         }
       }
     }
@@ -304,25 +285,20 @@ __device__ __forceinline__ void finish_tiles(const Params& params, u32 shared, c
     }
     __syncwarp();
   };
-  // x for the products. Returns moments: after the norm as it does, else those of row `lane`.
-  auto prepare = [&](int i) {
+  auto normalize = [&](int i) {
     const int stage = i % NUM_STAGES;
-    float2* kept_moments = params.moments + (static_cast<i64>(blockIdx.x) + static_cast<i64>(i) * step) * kPositions;
-    float2 moments = make_float2(0, 0);
-    if (HAS_X && IS_LAST && lane < 16) moments = kept_moments[warp * 16 + lane];  // until it is stored it is on its way
-    const Tile tile = find_tile(i);
     u32 mask = 0;
     if (MASK) {
+      const Tile tile = find_tile(i);
       const int row = warp * 16 + lane;
       if (lane < 16 && tile.col + row < params.size) mask = read_mask(params, position_of(params, tile) + row);
     }
-    // The stage whose result was stored last; in the middle of the norm it has been read.
-    auto refill = [&] {
-      if (i > 1) fill_z(i + NUM_STAGES - 2);
-    };
     wait_barrier(barriers.full + (stage * 4 + warp) * 8, i / NUM_STAGES % 2);
     const u32 tile_at = shared + kOffsetStages + stage * kStageBytes;
-    if (!HAS_X) moments = normalize_row_pairs<DIM, kPanelBytes>(tile_at, norm, warp, params.eps, refill);
+    const float2 moments = normalize_row_pairs<DIM, kPanelBytes>(tile_at, norm, warp, params.eps, [&] {
+      // The stage whose result was stored last: by now it has been read.
+      if (i > 1) fill_z(i + NUM_STAGES - 2);
+    });
     if (MASK) {
       pin_value(mask);  // until here it is on its way
       if (lane < 16) store_shared(factors + (stage * kPositions + warp * 16 + lane) * 4, decode_mask(mask));
@@ -330,27 +306,7 @@ __device__ __forceinline__ void finish_tiles(const Params& params, u32 shared, c
     publish_writes();
     __syncwarp();
     if (lane == 0) arrive(barriers.ready + stage * 8);
-    if (HAS_X) refill();
-    if (kKeepsX) {
-      if (lane % 4 < 2) kept_moments[warp * 16 + row_of_moments()] = moments;
-      if (elect_lane()) {
-#pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          store_box(params.x_map, tile_at + half * kPanelBytes + warp * 2048, half * 128, tile.col + warp * 16, tile.row,
-                    tile.item);
-        }
-        commit_stores();
-      }
-      __syncwarp();
-    }
     return moments;
-  };
-  // For the same warp to read.
-  auto share_moments = [&](float2 moments) {
-    const u32 bits[2] = {static_cast<u32>(__float_as_int(moments.x)), static_cast<u32>(__float_as_int(moments.y))};
-    const int row = HAS_X ? lane : row_of_moments();
-    if (HAS_X ? lane < 16 : lane % 4 < 2) store_shared(shared + kOffsetMoments + (warp * 16 + row) * 8, bits);
-    __syncwarp();
   };
   auto finish = [&](int i, NormSums& state) {
     const int stage = i % NUM_STAGES;
@@ -378,15 +334,15 @@ __device__ __forceinline__ void finish_tiles(const Params& params, u32 shared, c
   if (warp == 0) load_weights(params, shared, barriers.weights);
   for (int i = 0; i < NUM_STAGES; ++i) fill_z(i);
   stage_rows(0);
-  const float2 moments = prepare(0);
-  if (IS_LAST) share_moments(moments);
+  const float2 moments = normalize(0);
+  if (IS_LAST) store_moments(shared + kOffsetMoments, warp, moments);
 #pragma unroll 1
   for (int i = 0; i < num_tiles; ++i) {
     // One tile ahead, so that the products always have work.
     float2 next = make_float2(0, 0);
-    if (i + 1 < num_tiles) next = prepare(i + 1);
+    if (i + 1 < num_tiles) next = normalize(i + 1);
     finish(i, state);
-    if (IS_LAST) share_moments(next);
+    if (IS_LAST) store_moments(shared + kOffsetMoments, warp, next);
   }
   if (elect_lane()) wait_for_stores();
   __syncwarp();

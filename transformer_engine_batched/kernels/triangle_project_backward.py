@@ -137,11 +137,7 @@ def project_backward(
     sums = make((max(num_ctas, 1), 2 * rows * (dim + 1)), dtype=torch.float32, device=z.device)
     norm_sums = make((max(num_ctas, 1), 2 * dim), dtype=torch.float32, device=z.device)
     if num_ctas:
-        # x and its moments, for all launches behind the first.
-        num_kept = num_tiles if rows > _ROWS else 0
-        x = torch.empty_like(z) if num_kept else z
-        moments = torch.empty((num_kept, _POSITIONS, 2), dtype=torch.float32, device=z.device)
-        maps = _encode_maps(z, grad_z, x, projection)
+        maps = _encode_maps(z, grad_z, projection)
         for first in range(0, rows, _ROWS):
             is_first, is_last = first == 0, first + _ROWS == rows
             has_grad = grad_x is not None or not is_first
@@ -150,7 +146,6 @@ def project_backward(
                 ("MASK", 0 if mask is None else _MASK_TYPES[mask.dtype]),
                 ("HAS_BIAS", int(projection.bias_p is not None or projection.bias_g is not None)),
                 ("HAS_GRAD", int(has_grad)),
-                ("HAS_X", int(not is_first)),
                 ("IS_LAST", int(is_last)),
             )
             grads, channels = [], []
@@ -158,9 +153,9 @@ def project_backward(
                 grad, channel = (grad_a, row) if row < rows // 2 else (grad_b, row - rows // 2)
                 grads.append(_encode_grad_map(grad))
                 channels.append(channel)
-            pointers = (mask, *norm[:2], *projection[1::2], sums, norm_sums, moments)
+            pointers = (mask, *norm[:2], *projection[1::2], sums, norm_sums)
             values = struct.pack(
-                "<8Qf13i",
+                "<7Qf13i",
                 *(0 if x is None else x.data_ptr() for x in pointers),
                 norm.eps,
                 *(0 if x is None else _PARAMETER_TYPES[x.dtype] for x in pointers[1:5]),
@@ -225,14 +220,14 @@ def _check(
 
 
 def _encode_maps(
-    z: torch.Tensor, grad_z: torch.Tensor, x: torch.Tensor, projection: GatedProjection
+    z: torch.Tensor, grad_z: torch.Tensor, projection: GatedProjection
 ) -> tuple[bytes, ...]:
-    """Of z, the gradient of x and x, 16 positions at a time, and of both weights."""
+    """Of z and the gradient of x, 16 positions at a time, and of both weights."""
     batch, size, _, dim = z.shape
     sizes = (2 * dim, size, size, batch)
     strides = (2 * dim, 2 * size * dim, 2 * size * size * dim)
     positions = [
-        encode_tensor_map(y.data_ptr(), sizes, strides, (128, 16, 1, 1)) for y in (z, grad_z, x)
+        encode_tensor_map(x.data_ptr(), sizes, strides, (128, 16, 1, 1)) for x in (z, grad_z)
     ]
     rows = projection.weight_p.shape[0]
     weights = [
