@@ -355,6 +355,28 @@ def format_triangle_time(row: dict[str, Any]) -> str:
     return "-" if row["median_ms"] is None else format_number(row["median_ms"], 3) + shown
 
 
+def format_triangle_headline(triangle: Results) -> str:
+    """Both passes of the outgoing update: torch, cuEquivariance, ours with delayed scaling."""
+    names = ("eager", triangle_suite.PEER.name, "ours_delayed")
+    passes = (triangle_suite.FORWARD, triangle_suite.FORWARD_BACKWARD)
+    rows = {
+        (row["size"], row["pass"], row["variant"]): row
+        for row in triangle["rows"]
+        if row["mode"] == "outgoing"
+    }
+    body = []
+    for size in sorted({size for size, _, _ in rows}):
+        found = [rows.get((size, name, variant)) for name in passes for variant in names]
+        cells = ["-" if row is None else format_triangle_time(row) for row in found]
+        body.append([str(size), *cells])
+    titles = [
+        f"{name.replace('_', ' + ')}: {triangle_suite.LABELS[variant]}"
+        for name in passes
+        for variant in names
+    ]
+    return f"{_format_table(['N', *titles], body)}\n\n{format_caption(triangle['meta'])}"
+
+
 def format_triangle_checks(row: dict[str, Any]) -> str:
     """Worst slices in dB."""
     decibels = row["sqnr_db"] or {}

@@ -575,6 +575,26 @@ def test_each_point_begins_without_what_was_tuned_before(tmp_path):
     assert events == [word for point in QUICK for word in ("forget", point.name)]
 
 
+def test_the_headline_of_the_triangle():
+    def row(size, mode, variant, ratio, **values):
+        return {
+            "size": size, "mode": mode, "variant": variant, "pass": "forward", "median_ms": 2.0,
+            "ratio_to_cuequivariance": ratio, **values,
+        }  # fmt: skip
+
+    rows = [
+        row(512, "outgoing", "ours_delayed", 1.25),
+        row(512, "incoming", "ours_delayed", 9.0),
+        row(512, "outgoing", "cuequivariance", 1.0),
+        row(256, "outgoing", "ours_delayed", None, median_ms=None),
+    ]
+    text = render_docs.BLOCKS["triangle-headline"]({"triangle": {"meta": META, "rows": rows}})
+    assert [line for line in text.splitlines() if line[:3] in ("| 2", "| 5")] == [
+        "| 256 | - | - | - | - | - | - |",
+        "| 512 | - | 2.000 | 2.000 (1.25x) | - | - | - |",
+    ]
+
+
 def test_the_table_of_triangle_kernels():
     def row(n, kernel, tile=None, **values):
         return {"n": n, "kernel": kernel, "tile": tile, "reason": None, **values}

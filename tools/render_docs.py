@@ -155,6 +155,7 @@ BLOCKS: dict[str, Callable[[dict[str, Results | None]], str]] = {
         if results["triangle"]
         else _missing("triangle")
     ),
+    "triangle-headline": _from("triangle", tables.format_triangle_headline),
     "triangle-forward": _from(
         "triangle",
         lambda x: tables.format_triangle(
