@@ -371,9 +371,9 @@ class TestBindings:
 
     @pytest.fixture(autouse=True)
     def fresh(self):
-        nvrtc._load_bindings.cache_clear()
+        nvrtc.load_bindings.cache_clear()
         yield
-        nvrtc._load_bindings.cache_clear()
+        nvrtc.load_bindings.cache_clear()
 
     def test_reading_needs_none(self):
         program = (
@@ -395,7 +395,7 @@ class TestBindings:
 
     def test_a_thread_without_a_context_gets_that_of_the_current_device(self, monkeypatch):
         """Once; any other status is an error at once."""
-        status = nvrtc._load_bindings().driver.CUresult
+        status = nvrtc.load_bindings().driver.CUresult
         bound, answers = [], [status.CUDA_ERROR_INVALID_CONTEXT, status.CUDA_SUCCESS]
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
         monkeypatch.setattr(torch.cuda, "set_device", bound.append)

@@ -103,7 +103,7 @@ def test_no_cuda_on_the_cpu_or_without_its_compiler(monkeypatch):
     def fail():
         raise ImportError("no cuda.bindings")
 
-    monkeypatch.setattr(triangle.nvrtc, "_load_bindings", fail)
+    monkeypatch.setattr(triangle.nvrtc, "load_bindings", fail)
     assert not runs(0)
 
 

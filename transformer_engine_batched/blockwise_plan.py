@@ -15,7 +15,7 @@ import torch
 from .block_operand import BlockOperand, ScaleView, Segments, SharedBlocks
 from .groupwise import align_codes, is_aligned
 from .kernels import blockwise_gemm
-from .launch import _apply_epilogue
+from .launch import apply_epilogue
 from .operands import Operand, contiguous_strides, fold_batch, round_up
 from .reference.product import TORCH_DTYPES
 from .te_interop.tensors import Codes
@@ -149,7 +149,7 @@ class BlockwiseLaunch:
                 target.add_(out, alpha=beta)
             out.copy_(target)
         if bias is not None or self.gelu:
-            _apply_epilogue(out, bias, self.gelu)
+            apply_epilogue(out, bias, self.gelu)
         return out
 
     def _multiply(

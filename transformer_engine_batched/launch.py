@@ -352,7 +352,7 @@ class Launch:
             return out
         if self.buffer_shape is not None:
             d = d[..., : self.out_shape[-1]]
-        _apply_epilogue(
+        apply_epilogue(
             d, None if self.bias_is_fused else bias, self.gelu and not self.gelu_is_fused
         )
         if self.buffer_shape is not None:
@@ -391,11 +391,11 @@ class EmptyLaunch:
             out.zero_()
         else:
             out.mul_(beta)
-        _apply_epilogue(out, bias, self.gelu)
+        apply_epilogue(out, bias, self.gelu)
         return out
 
 
-def _apply_epilogue(d: torch.Tensor, bias: Optional[torch.Tensor], gelu: bool) -> None:
+def apply_epilogue(d: torch.Tensor, bias: Optional[torch.Tensor], gelu: bool) -> None:
     """Bias and GELU in place, where they are not part of the product."""
     if bias is not None:
         d.add_(bias if bias.dim() == 1 else bias.unsqueeze(-2))

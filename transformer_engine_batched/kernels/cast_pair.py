@@ -10,7 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from .float8_quantize import Cast, _cast_tile
+from .float8_quantize import Cast, cast_tile
 from .launcher import Pointer
 
 # Elements of both tensors, at most: for about so many the device needs as long (4 bytes each, read and written) as the
@@ -106,13 +106,13 @@ def _cast_pair_kernel(
     """A program casts one tile: the first ones of `x`, the others of `y`."""
     program = tl.program_id(0)
     if program < x_programs:
-        _cast_tile(
+        cast_tile(
             program, x_programs, x_ptr, x_codes_ptr, x_transposed_ptr, x_scale_ptr, x_amax_ptr, x_scale_inv_ptr,
             x_rows, x_cols, x_row_stride, x_batch_stride, x_amax_epsilon, X_POWER_OF_2, X_E5M2, X_EVEN,
             X_MULTIPLE, X_NUM_PARTIALS, X_WAITS, X_BLOCK_ROWS, X_BLOCK_COLS,
         )  # fmt: skip
     else:
-        _cast_tile(
+        cast_tile(
             program - x_programs, y_programs, y_ptr, y_codes_ptr, y_transposed_ptr, y_scale_ptr, y_amax_ptr,
             y_scale_inv_ptr, y_rows, y_cols, y_row_stride, y_batch_stride, y_amax_epsilon, Y_POWER_OF_2, Y_E5M2,
             Y_EVEN, Y_MULTIPLE, Y_NUM_PARTIALS, Y_WAITS, Y_BLOCK_ROWS, Y_BLOCK_COLS,

@@ -162,8 +162,8 @@ class Cast(float8_quantize.Cast):
         plan = _make_plan(shape, strides, dtype, device_index >= 0, *layouts)
         self._device_index = device_index
         self._is_empty = False
-        self._codes = float8_quantize._describe(plan.rowwise_shape)
-        self._transposed = float8_quantize._describe(plan.transposed_shape)
+        self._codes = float8_quantize.describe_codes(plan.rowwise_shape)
+        self._transposed = float8_quantize.describe_codes(plan.transposed_shape)
         self.search = plan_search(*_by_stride(shape, strides), device_index)
         self._find = bind_search(self.search)
         self._num_partials = self.search.num_programs

@@ -257,8 +257,8 @@ class Cast:
         both = _make_plan(*description, rowwise, transposed, multiple)
         self._device_index = device_index
         self._is_empty = not both.num_programs
-        self._codes = _describe(both.rowwise_shape)
-        self._transposed = _describe(both.transposed_shape)
+        self._codes = describe_codes(both.rowwise_shape)
+        self._transposed = describe_codes(both.transposed_shape)
         # One kernel for both layouts of FP32 gives a wrong transpose with Triton 3.6 on an H200: a quarter of
         # the codes at wrong places, the same ones at each run of the tile in use. The row-wise codes are right,
         # racecheck finds no hazard, and BF16 and FP16, of which 16-bit values are turned, come out right; the
@@ -410,7 +410,7 @@ def _make_cast(
     return Cast(shape, strides, dtype, device_index, fp8_dtype, layouts, scale_rule)
 
 
-def _describe(shape: Optional[tuple[int, ...]]) -> Optional[tuple[tuple, tuple]]:
+def describe_codes(shape: Optional[tuple[int, ...]]) -> Optional[tuple[tuple, tuple]]:
     """Shape and strides of a contiguous tensor."""
     return None if shape is None else (shape, torch.empty(shape, device="meta").stride())
 
@@ -483,7 +483,7 @@ def _make_plan(
 
 
 @triton.jit
-def _cast_tile(
+def cast_tile(
     program,
     num_programs,
     x_ptr,
@@ -572,7 +572,7 @@ def _cast_kernel(
     BLOCK_COLS: tl.constexpr,
 ):
     """A program casts one tile."""
-    _cast_tile(
+    cast_tile(
         tl.program_id(0), tl.num_programs(0), x_ptr, codes_ptr, transposed_ptr, scale_ptr, amax_ptr,
         scale_inv_ptr, num_rows, num_cols, row_stride, batch_stride, amax_epsilon, POWER_OF_2, E5M2, EVEN,
         MULTIPLE, NUM_PARTIALS, WAITS, BLOCK_ROWS, BLOCK_COLS,

@@ -34,7 +34,8 @@ class _Bindings(NamedTuple):
 
 
 @lru_cache(maxsize=None)
-def _load_bindings() -> _Bindings:
+def load_bindings() -> _Bindings:
+    """cuda.bindings, imported where it is first needed; an ImportError says how to get it."""
     try:
         from cuda.bindings import driver, nvrtc
     except ImportError as error:
@@ -69,7 +70,7 @@ def compile_cubin(source: str, definitions: Mapping[str, Union[int, str]]) -> by
         The package cuda-bindings is missing.
     """
     options = [*_OPTIONS, *(f"-D{name}={value}".encode() for name, value in definitions.items())]
-    version = _check(_load_bindings().nvrtc.nvrtcVersion())
+    version = _check(load_bindings().nvrtc.nvrtcVersion())
     headers = _read_headers()
     key = hashlib.sha256(repr((source, headers, options, version)).encode()).hexdigest()
     path = cache_folder() / f"{key}.cubin"
@@ -82,7 +83,7 @@ def compile_cubin(source: str, definitions: Mapping[str, Union[int, str]]) -> by
 
 
 def _compile(source: str, headers: Mapping[str, str], options: Sequence[bytes]) -> bytes:
-    nvrtc = _load_bindings().nvrtc
+    nvrtc = load_bindings().nvrtc
     names = [name.encode() for name in headers]
     texts = [text.encode() for text in headers.values()]
     program = _check(
@@ -160,7 +161,7 @@ class Kernel:
         # The driver copies the struct before the call returns.
         pointer = ctypes.c_char_p(parameters)
         _call_driver(
-            _load_bindings().driver.cuLaunchKernel,
+            load_bindings().driver.cuLaunchKernel,
             function,
             *(num_ctas, 1, 1),
             *(self._num_threads, 1, 1),
@@ -174,7 +175,7 @@ class Kernel:
         with _lock:
             if device_index not in self._functions:
                 cubin = compile_cubin(_read_source(self._file_name), self._definitions)
-                driver = _load_bindings().driver
+                driver = load_bindings().driver
                 torch.cuda.set_device(device_index)
                 module = _call_driver(driver.cuModuleLoadData, cubin)
                 function = _check(driver.cuModuleGetFunction(module, self._entry.encode()))
@@ -219,7 +220,7 @@ def encode_tensor_map(
     strides : tuple of int
         Bytes, multiples of 16, of all dims but the first.
     """
-    driver = _load_bindings().driver
+    driver = load_bindings().driver
     tensor_map = _call_driver(
         driver.cuTensorMapEncodeTiled,
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_UINT8,
@@ -244,7 +245,7 @@ def _call_driver(function: Callable[..., tuple], *arguments: object) -> Any:
     A thread whose first CUDA work this is has no context: torch binds it, and the call is repeated.
     """
     status, *values = function(*arguments)
-    if status == _load_bindings().driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+    if status == load_bindings().driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
         torch.cuda.set_device(torch.cuda.current_device())
         status, *values = function(*arguments)
     return _check((status, *values))

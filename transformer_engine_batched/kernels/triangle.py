@@ -145,7 +145,7 @@ def _runs_cuda_forms(device_index: int) -> bool:
     if device_index < 0 or torch.cuda.get_device_capability(device_index) != (9, 0):
         return False
     try:
-        nvrtc._load_bindings()
+        nvrtc.load_bindings()
     except ImportError:
         return False
     return True
