@@ -21,7 +21,7 @@ endif
 .PHONY: help setup in-place build demo test gpu-test gpu-bench lint clean
 
 help:
-	@echo "make demo       the main job on a real protein; sets up .venv first (once, 15 minutes)"
+	@echo "make demo       the main job on a real protein; sets up .venv first (once, up to half an hour)"
 	@echo "make test       the tests that need no GPU; sets up .venv first"
 	@echo "make gpu-test   the tests that need a GPU"
 	@echo "make gpu-bench  the benchmarks"

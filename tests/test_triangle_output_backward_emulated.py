@@ -6,13 +6,15 @@ Sums of shares and transposes, which are Triton's on a GPU, are torch's here.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from sass import assert_one_thread_copies
-from test_triangle_project_emulated import EmulatedKernel, empty_strided, encode_tensor_map
-from test_triangle_project_emulated import folder as hopper_folder
+from test_triangle_project_emulated import (
+    EmulatedKernel,
+    empty_strided,
+    encode_tensor_map,
+    folder,
+)
 from triangle_kernel_cases import (
     CODE_DB,
     VALUE_DB,
@@ -40,16 +42,7 @@ from transformer_engine_batched.kernels.triangle_tiles import Norm
 
 BF16 = torch.bfloat16
 SMALL = Case(1, 17, 128, 128, BF16)
-__all__ = ["hopper_folder"]
-
-
-@pytest.fixture(scope="module")
-def folder(hopper_folder):  # pylint: disable=redefined-outer-name
-    """The headers."""
-    for name in ("triangle.cuh", "triangle_norms.cuh"):
-        header = Path(nvrtc.__file__).with_name(name).read_text(encoding="utf-8")
-        (hopper_folder / name).write_text(header, encoding="utf-8")
-    return hopper_folder
+__all__ = ["folder"]
 
 
 @pytest.fixture(autouse=True)

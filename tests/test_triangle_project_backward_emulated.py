@@ -3,11 +3,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from cuda.bindings import nvrtc as compiler
+from sass import assert_one_thread_copies
 from test_triangle_project_emulated import EmulatedKernel, encode_tensor_map, folder
 from triangle_kernel_cases import VALUE_DB, Case, assert_all_near, assert_near, make_data
 from triangle_operand_gradients import find_operand_gradients
@@ -29,9 +28,6 @@ __all__ = ["folder"]
 @pytest.fixture(autouse=True)
 def emulation(folder, monkeypatch):  # pylint: disable=redefined-outer-name
     """The kernel on the CPU; new outputs hold NaN, so that what is not written shows."""
-    for header in ("triangle.cuh", "triangle_norms.cuh"):
-        source = Path(nvrtc.__file__).with_name(header).read_text(encoding="utf-8")
-        (folder / header).write_text(source, encoding="utf-8")
 
     def get_kernel(definitions):
         values = dict(definitions)
@@ -168,8 +164,8 @@ class TestRefusals:
 
 @pytest.mark.parametrize("dim, has_bias", ((64, 1), (128, 0), (128, 1)))
 @pytest.mark.parametrize("is_last", (0, 1))
-def test_products_overlap(dim, has_bias, is_last):
-    """It compiles for the GPU, and ptxas says of no products (C7510, C7512, C7514) that they wait for each other."""
+def test_compiles(dim, has_bias, is_last, tmp_path):
+    """For the GPU: ptxas says of no products (C7510, C7512, C7514) that they wait for each other; an elected lane copies."""
     definitions = {"DIM": dim, "HAS_BIAS": has_bias, "HAS_GRAD": 1}
     definitions |= {"IS_LAST": is_last}
     options = [*nvrtc._OPTIONS, b"--ptxas-options=-v"]
@@ -186,3 +182,5 @@ def test_products_overlap(dim, has_bias, is_last):
     text = log.decode(errors="replace")
     assert status == compiler.nvrtcResult.NVRTC_SUCCESS and "registers" in text, text
     assert "C75" not in text, text
+    cubin = nvrtc.compile_cubin(nvrtc._read_source(SOURCE), definitions)
+    assert_one_thread_copies(cubin, tmp_path, 15 if is_last else 16)

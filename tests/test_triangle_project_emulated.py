@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -103,9 +104,11 @@ def empty_strided(shape, strides, dtype, device_index):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """The headers of the kernels; that of the GPU's instructions is the emulation's."""
     folder = tmp_path_factory.mktemp("emulated")
-    header = Path(__file__).with_name("hopper_emulation.h").read_text(encoding="utf-8")
-    (folder / "hopper.cuh").write_text(header, encoding="utf-8")
+    for header in Path(nvrtc.__file__).parent.glob("*.cuh"):
+        shutil.copy(header, folder)
+    shutil.copy(Path(__file__).with_name("hopper_emulation.h"), folder / "hopper.cuh")
     return folder
 
 

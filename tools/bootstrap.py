@@ -251,7 +251,7 @@ class Environment:
         te_torch = Step(
             "te_torch",
             "Transformer Engine {}: its torch extension, compiled here unless there is a wheel "
-            "(about 10 minutes on 2 cores)".format(TE_VERSION),
+            "(about 20 minutes on 2 cores)".format(TE_VERSION),
             te_torch_pin,
             self.make_te_torch,
             [torch, te_library],

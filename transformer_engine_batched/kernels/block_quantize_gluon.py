@@ -144,7 +144,7 @@ def quantize_kernel(
         if turned_ptr is not None:
             if SQUARE:
                 # Always `scale`, which the compiler cannot know. Triton 3.6 stores a wrong transpose, the same at each
-                # run, where both copies are made from one conversion to FP8 (also `float8_quantize._cast_layouts`).
+                # run, where both copies are made from one conversion to FP8 (also `float8_quantize.Cast`).
                 codes = _encode(values * gl.where(num_rows > 0, scale, 0.0), E5M2)
             else:
                 amax = gl.convert_layout(gl.max(gl.abs(values), 0), LINE)

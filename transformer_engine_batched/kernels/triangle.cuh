@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the kernels of the triangle multiplicative update's backward share: parameters of several types, pairs of BF16,
+// What the kernels of the triangle multiplicative update share: parameters of several types, pairs of BF16,
 // gates, sums of lanes, addresses in tiles that are swizzled as the tensor cores read them.
 #pragma once
 

@@ -9,7 +9,7 @@
 // channels: its 16 bytes are stored from registers. c is the left operand as it lies, turned. Compiled at run time: see
 // nvrtc.py.
 
-#include "hopper.cuh"
+#include "triangle.cuh"
 
 #ifndef DIM               // 64 or 128: channels of z and of the output
 #define DIM 128
@@ -88,9 +88,6 @@ __device__ __forceinline__ void load_tile(const Params& params, int index, u32 s
   }
   load_box(stage + kBytesZ, params.c_map, barrier, tile.col * 2, 0, tile.row, tile.item);
 }
-
-__device__ __forceinline__ float low_half(u32 pair) { return __int_as_float(static_cast<int>(pair << 16)); }
-__device__ __forceinline__ float high_half(u32 pair) { return __int_as_float(static_cast<int>(pair & 0xFFFF0000)); }
 
 // LN of 16 rows of z, channels of a row in neighbouring lanes. Eight neighbouring lanes use different banks.
 __device__ __forceinline__ void normalize_z(u32 stage, u32 norm, int warp, float eps) {
@@ -196,8 +193,6 @@ __device__ __forceinline__ void normalize_c(u32 stage, u32 norm, int warp, float
     store_shared(address + i * 2048, words);
   }
 }
-
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(x * -1.44269504f)); }
 
 __device__ __forceinline__ void project_tiles(const Params& params, u32 shared) {
   // From lane 0, so that the compiler knows that a warp agrees on it.

@@ -9,7 +9,7 @@
 // 8 rows of Wp, 8 of Wg, and so on, so that a thread holds both p and g of one channel. Columns are positions in an order
 // that gives a thread neighbours: its 16 bytes are stored from registers. Compiled at run time: see nvrtc.py.
 
-#include "hopper.cuh"
+#include "triangle.cuh"
 
 #ifndef DIM               // 64 or 128
 #define DIM 128
@@ -120,16 +120,6 @@ __device__ __forceinline__ Tile locate(const Params& params, int index) {
   return tile;
 }
 
-__device__ __forceinline__ float read(const void* values, i64 index, int type) {
-  if (type == 0) return static_cast<const float*>(values)[index];
-  if (type == 1) return __int_as_float(static_cast<int>(static_cast<const unsigned short*>(values)[index]) << 16);
-  return static_cast<const unsigned char*>(values)[index];
-}
-
-__device__ __forceinline__ float read_or(const void* values, i64 index, int type, float otherwise) {
-  return values ? read(values, index, type) : otherwise;
-}
-
 // Exchanges the bits of a position that a lane of the product has with those that count its columns: its own inverse.
 __device__ __forceinline__ int exchange_bits(int position) {
   constexpr int kUp = kVector == 16 ? 3 : 2;
@@ -161,13 +151,6 @@ __device__ __forceinline__ void load_tile(const Params& params, int index, u32 t
       load_box(target + half * (kPositions * 128) + first * 128, params.z_map, barrier, half * 128, col, row, tile.item);
     }
   }
-}
-
-// Sums of the lanes that share a row.
-__device__ __forceinline__ float sum_lanes(float value) {
-#pragma unroll
-  for (int mask = 1; mask < kRowLanes; mask *= 2) value += __shfl_xor_sync(~0u, value, mask);
-  return value;
 }
 
 // LN of the rows of one stage that this warp has, 16 at a time, which are a set that `exchange_bits` maps to itself. Eight
@@ -207,17 +190,17 @@ __device__ __forceinline__ void normalize_rows(u32 stage, u32 norm, int warp, fl
 #pragma unroll
       for (int j = 0; j < 16; ++j) {
         const u32 pair = pairs[i][j / 4][j % 4];
-        x[2 * j] = __int_as_float(static_cast<int>(pair << 16));
-        x[2 * j + 1] = __int_as_float(static_cast<int>(pair & 0xFFFF0000));
+        x[2 * j] = low_half(pair);
+        x[2 * j + 1] = high_half(pair);
         total += x[2 * j] + x[2 * j + 1];
       }
-      const float mean = sum_lanes(total) * (1.0f / DIM);
+      const float mean = sum_lanes<kRowLanes>(total) * (1.0f / DIM);
 #pragma unroll
       for (int j = 0; j < 32; ++j) {
         x[j] -= mean;
         square += x[j] * x[j];
       }
-      const float rstd = rsqrt_approx(sum_lanes(square) * (1.0f / DIM) + eps);
+      const float rstd = rsqrt_approx(sum_lanes<kRowLanes>(square) * (1.0f / DIM) + eps);
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const int chunk = j * kRowLanes + part;
@@ -300,8 +283,6 @@ __device__ __forceinline__ void start_products(float (&products)[64], u64 weight
   }
   commit_products();
 }
-
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(x * -1.44269504f)); }
 
 // What the epilogue of one operand needs.
 struct Epilogue {
