@@ -407,7 +407,7 @@ class TestInterpreted:
             data.norm_in,
             data.projection,
             data.mask,
-            found.grad_x,
+            found.norm_in,
         )
         assert_near(grads.z, expected.grad_z, bound, "grad_z")
         assert_all_near(grads.norm[:2], expected.norm_in, bound, "norm_in")
@@ -448,7 +448,7 @@ class TestInterpreted:
         assert project_output(c, z, data.norm_in, data.norm_out, data.output).shape == z.shape
         found = output_backward(z, c, z, data.norm_in, data.norm_out, data.output)
         assert found.grad_c.numel() == 0 and not found.output.weight_p.any()
-        grads = project_backward(c, c, z, data.norm_in, data.projection, mask, found.grad_x)
+        grads = project_backward(c, c, z, data.norm_in, data.projection, mask, found.norm_in)
         assert grads.z.shape == z.shape and not grads.projection.weight_g.any()
 
     @pytest.mark.parametrize("shape", ((3, 16, 32), (144, 128), (0, 16, 16)))

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from triangle_kernel_cases import Case, make_data
+from triangle_operand_gradients import make_share
 
 from transformer_engine_batched.kernels import (
     triangle,
@@ -60,7 +61,7 @@ def call(name: str, data, **options) -> str:
         ),
         "project_backward": (
             data.grad_a, data.grad_b, data.z, data.norm_in, data.projection, data.mask,
-            data.grad_out,
+            make_share(data, data.grad_out),
         ),
     }[name]  # fmt: skip
     form, given, came = getattr(triangle, name)(*arguments, **options)

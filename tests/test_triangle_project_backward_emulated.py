@@ -9,9 +9,10 @@ from cuda.bindings import nvrtc as compiler
 from sass import assert_one_thread_copies
 from test_triangle_project_emulated import EmulatedKernel, encode_tensor_map, folder
 from triangle_kernel_cases import VALUE_DB, Case, assert_all_near, assert_near, make_data
-from triangle_operand_gradients import find_operand_gradients
+from triangle_operand_gradients import find_operand_gradients, make_share
 
 from transformer_engine_batched.kernels import nvrtc, triangle_project_backward, triangle_tiles
+from transformer_engine_batched.kernels.triangle_backward import NormShare
 from transformer_engine_batched.kernels.triangle_project_backward import (
     find_reason_against,
     project_backward,
@@ -31,7 +32,7 @@ def emulation(folder, monkeypatch):  # pylint: disable=redefined-outer-name
 
     def get_kernel(definitions):
         values = dict(definitions)
-        size = shared_bytes(values["DIM"], bool(values["IS_LAST"]))
+        size = shared_bytes(values["DIM"])
         return EmulatedKernel(folder, definitions, size, SOURCE, "project_backward")
 
     monkeypatch.setattr(triangle_project_backward, "_get_kernel", get_kernel)
@@ -52,24 +53,29 @@ def inputs(data):
 
 
 @pytest.mark.parametrize(
-    "case, has_grad_x",
+    "case, given",
     (
-        (SMALL, True),
-        (SMALL, False),
-        (Case(2, 17, 128, 128, BF16), True),
-        (Case(1, 20, 128, 128, BF16, mask="bool"), False),
-        (Case(1, 70, 64, 64, BF16, has_bias=False, mask=None), True),
-        (Case(1, 17, 64, 192, BF16), True),
-        (Case(1, 20, 128, 64, BF16, has_bias=False), True),
-        (Case(7, 1, 64, 128, BF16), True),
+        (SMALL, "grad"),
+        (SMALL, "nothing"),
+        (SMALL, "hat"),
+        (Case(2, 17, 128, 128, BF16), "hat"),
+        (Case(1, 20, 128, 128, BF16, mask="bool"), "nothing"),
+        (Case(1, 70, 64, 64, BF16, has_bias=False, mask=None), "grad"),
+        (Case(1, 17, 64, 192, BF16), "hat"),
+        (Case(1, 20, 128, 64, BF16, has_bias=False), "grad"),
+        (Case(1, 17, 128, 64, BF16, has_bias=False, mask=None), "hat"),
+        (Case(7, 1, 64, 128, BF16), "grad"),
     ),
 )
-def test_values(case, has_grad_x):
+def test_values(case, given):
     data = make_data(case)
-    grad_x = data.grad_out.clone() if has_grad_x else None
+    grad_x = None if given == "nothing" else data.grad_out
     expected = find_operand_gradients(data, grad_x)
-    found = project_backward(*inputs(data), grad_x)
-    assert grad_x is None or found.z.data_ptr() == grad_x.data_ptr()
+    share = make_share(data, grad_x)
+    if given == "grad":
+        share = share._replace(hat=None, rstds=None)
+    found = project_backward(*inputs(data), share)
+    assert share is None or found.z.data_ptr() == share.grad_hat.data_ptr()
     assert_near(found.z, expected.z, VALUE_DB[BF16], "z")
     assert_all_near(found.norm[:2], expected.norm, VALUE_DB[BF16], "norm")
     assert_all_near(found.projection, expected.projection, VALUE_DB[BF16], "projection")
@@ -147,8 +153,9 @@ class TestRefusals:
         reason = find_reason_against(grad_a, grad_b, z, norm, projection, mask.half())
         assert "mask must be FP32, BF16" in reason
         shifted = torch.zeros(z.numel() + 1, dtype=BF16)[1:].view(z.shape)
-        reason = find_reason_against(grad_a, grad_b, z, norm, projection, mask, shifted)
-        assert "grad_x must begin at a multiple" in reason
+        share = NormShare(shifted, torch.zeros(1, 128))
+        reason = find_reason_against(grad_a, grad_b, z, norm, projection, mask, share)
+        assert "grad_hat must begin at a multiple" in reason
         odd = grad_b.contiguous()
         reason = find_reason_against(grad_a, odd, z, norm, projection, mask)
         assert "rows of grad_b must begin at multiples of 16 bytes" in reason
@@ -158,8 +165,15 @@ class TestRefusals:
         grad_a, grad_b, *others = inputs(data)
         with pytest.raises(ValueError, match="`grad_b` must be .* as `grad_a`"):
             project_backward(grad_a, grad_b.repeat(1, 2, 1, 1), *others)
-        with pytest.raises(TypeError, match="`grad_x` must be torch.bfloat16 as z"):
-            project_backward(grad_a, grad_b, *others, torch.zeros(data.z.shape))
+        share = make_share(data, data.grad_out)
+        with pytest.raises(TypeError, match="`share.grad_hat` must be torch.bfloat16 as z"):
+            project_backward(
+                grad_a, grad_b, *others, share._replace(grad_hat=share.grad_hat.float())
+            )
+        with pytest.raises(ValueError, match=r"`share.norm_sums` must be float32 \[S, 128\]"):
+            project_backward(
+                grad_a, grad_b, *others, share._replace(norm_sums=share.norm_sums[:, :-1])
+            )
 
 
 @pytest.mark.parametrize("dim, has_bias", ((64, 1), (128, 0), (128, 1)))
@@ -183,4 +197,4 @@ def test_compiles(dim, has_bias, is_last, tmp_path):
     assert status == compiler.nvrtcResult.NVRTC_SUCCESS and "registers" in text, text
     assert "C75" not in text, text
     cubin = nvrtc.compile_cubin(nvrtc._read_source(SOURCE), definitions)
-    assert_one_thread_copies(cubin, tmp_path, 15 if is_last else 16)
+    assert_one_thread_copies(cubin, tmp_path, 16)

@@ -8,6 +8,8 @@ from typing import NamedTuple, Optional
 import torch
 from triangle_kernel_cases import Data
 
+from transformer_engine_batched.kernels.triangle_backward import NormShare
+
 
 class OperandGradients(NamedTuple):
     """Of z, of LN_in's weight and bias, of Wp, bp, Wg and bg."""
@@ -15,6 +17,23 @@ class OperandGradients(NamedTuple):
     z: torch.Tensor
     norm: tuple
     projection: tuple
+
+
+def make_share(data: Data, grad_x: Optional[torch.Tensor]) -> Optional[NormShare]:
+    """What another reader of ``x = LN_in(z)``, whose gradient of x is that, leaves for the operands' backward."""
+    if grad_x is None:
+        return None
+    z, grad = data.z.double(), grad_x.double()
+    variance, mean = torch.var_mean(z, -1, correction=0, keepdim=True)
+    hat = (z - mean) * torch.rsqrt(variance + data.norm_in.eps)
+    sums = torch.stack([(grad * hat).flatten(0, 2), grad.flatten(0, 2)], 1).flatten(1)
+    # Two shares, of unequal size.
+    norm_sums = torch.stack([sums[:5].sum(0), sums[5:].sum(0)]).float()
+    if data.norm_in.weight is not None:
+        grad = grad * data.norm_in.weight.double()
+    grad_hat = (grad - grad.mean(-1, keepdim=True)).to(data.z.dtype)
+    rstds = torch.rsqrt(variance + data.norm_in.eps).squeeze(-1).float()
+    return NormShare(grad_hat, norm_sums, (hat + 0.25).to(data.z.dtype), rstds)
 
 
 def find_operand_gradients(data: Data, grad_x: Optional[torch.Tensor]) -> OperandGradients:

@@ -294,7 +294,7 @@ def _compute_gradients(
     ctx.maybe_clear_saved_tensors()
     layers = _make_layers(parameters, settings)
     size = z.shape[1]
-    grad_c, grad_c_turned, grad_scale_inv, grad_x, norm_out, output = triangle.output_backward(
+    grad_c, grad_c_turned, grad_scale_inv, norm_in, norm_out, output = triangle.output_backward(
         grad_output,
         c[..., :size, :size],
         z,
@@ -345,7 +345,7 @@ def _compute_gradients(
             layers.norm_in,
             layers.projection,
             mask,
-            grad_x,
+            norm_in,
         )
         grad_z = inputs.z
         input_grads = (*inputs.norm[:2], *inputs.projection)

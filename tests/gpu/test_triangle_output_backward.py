@@ -68,9 +68,13 @@ def test_against_fp64(case, fp8_dtype, is_delayed):
         assert states["amax"].item() == pytest.approx(amax, rel=0.02)
     assert_all_near(found.norm_out[:2], expected.norm_out, VALUE_DB[BF16], "norm_out")
     assert_all_near(found.output, expected.output, VALUE_DB[BF16], "output")
-    grad_x = triangle_backward.output_backward(*inputs(data)).grad_x
+    share = triangle_backward.output_backward(*inputs(data)).norm_in
     # Both have rounded du, dg and the result.
-    assert_near(found.grad_x, grad_x.double(), VALUE_DB[BF16], "grad_x")
+    assert_near(found.norm_in.grad_hat, share.grad_hat.double(), VALUE_DB[BF16], "grad_hat")
+    sums, wanted = (
+        x.double().sum(0).view(2, -1) for x in (found.norm_in.norm_sums, share.norm_sums)
+    )
+    assert_all_near(sums, wanted, VALUE_DB[BF16], "norm_in")
 
 
 def test_results_repeat_to_the_bit():
@@ -80,7 +84,7 @@ def test_results_repeat_to_the_bit():
     def run():
         states = {"scale": scalar(16), "amax": scalar(0)}
         found = output_backward(*inputs(data), fp8_dtype="e5m2", **states)
-        return (found.grad_c, found.grad_x, *found.norm_out[:2], *found.output, states["amax"])
+        return (found.grad_c, *found.norm_in, *found.norm_out[:2], *found.output, states["amax"])
 
     first = run()
     for _ in range(20):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from triangle_kernel_cases import VALUE_DB, Case, assert_all_near, assert_near, make_data
-from triangle_operand_gradients import find_operand_gradients
+from triangle_operand_gradients import find_operand_gradients, make_share
 
 from transformer_engine_batched.kernels.triangle_project_backward import project_backward
 
@@ -37,24 +37,31 @@ def inputs(data):
     return data.grad_a, data.grad_b, data.z, data.norm_in, data.projection, data.mask
 
 
-@pytest.mark.parametrize("has_grad_x", (False, True))
+@pytest.mark.parametrize("given", ("nothing", "grad", "hat"))
 @pytest.mark.parametrize("case", CASES)
-def test_against_fp64(case, has_grad_x):
+def test_against_fp64(case, given):
     data = make_data(case, "cuda")
-    grad_x = data.grad_out if has_grad_x else None
+    grad_x = None if given == "nothing" else data.grad_out
     expected = find_operand_gradients(data, grad_x)
-    found = project_backward(*inputs(data), grad_x)
+    share = make_share(data, grad_x)
+    if given == "grad":
+        share = share._replace(hat=None, rstds=None)
+    found = project_backward(*inputs(data), share)
     assert_near(found.z, expected.z, VALUE_DB[BF16], "z")
     assert_all_near(found.norm[:2], expected.norm, VALUE_DB[BF16], "norm")
     assert_all_near(found.projection, expected.projection, VALUE_DB[BF16], "projection")
 
 
-def test_results_repeat_to_the_bit():
+@pytest.mark.parametrize("has_hat", (False, True))
+def test_results_repeat_to_the_bit(has_hat):
     """Races would show: many tiles for each multiprocessor, all stages in use."""
     data = make_data(Case(1, 640, 128, 128, BF16), "cuda")
+    share = make_share(data, data.grad_out)
+    if not has_hat:
+        share = share._replace(hat=None, rstds=None)
 
     def run():
-        found = project_backward(*inputs(data), data.grad_out.clone())
+        found = project_backward(*inputs(data), share._replace(grad_hat=share.grad_hat.clone()))
         return (found.z, *found.norm[:2], *found.projection)
 
     first = run()

@@ -19,7 +19,10 @@ __device__ __forceinline__ float read_or(const void* values, i64 index, int type
 __device__ __forceinline__ float low_half(u32 pair) { return __int_as_float(static_cast<int>(pair << 16)); }
 __device__ __forceinline__ float high_half(u32 pair) { return __int_as_float(static_cast<int>(pair & 0xFFFF0000)); }
 
-__device__ __forceinline__ float sigmoid(float x) { return reciprocal_approx(1.0f + exp2_approx(x * -1.44269504f)); }
+// `shift`: what is added to x, times -log2(e).
+__device__ __forceinline__ float sigmoid(float x, float shift = 0) {
+  return reciprocal_approx(1.0f + exp2_approx(x * -1.44269504f + shift));
+}
 
 // Of `kLanes` neighbours, in each of them.
 template <int kLanes>
@@ -66,4 +69,12 @@ __device__ __forceinline__ void add_values(u32 address, float (&x)[8]) {
 // Of 16 bytes: row and chunk of a tile of 128-byte rows.
 __device__ __forceinline__ u32 chunk_address(u32 tile, int row, int chunk) {
   return tile + row * 128 + ((chunk ^ row) & 7) * 16;
+}
+
+// From lane 0, so that the compiler knows that a warp agrees on it.
+__device__ __forceinline__ int find_warp() { return __shfl_sync(~0u, thread_index() / 32, 0); }
+
+// A descriptor 16 * `units` bytes further on, by an addition of 32 bits: nothing is carried.
+__device__ __forceinline__ u64 step(u64 descriptor, u32 units) {
+  return (descriptor & ~u64(0xFFFFFFFF)) | (static_cast<u32>(descriptor) + units);
 }

@@ -16,7 +16,7 @@ from typing import Callable, NamedTuple, Optional
 import torch
 
 from . import nvrtc, triangle_backward, triangle_forward
-from .triangle_backward import InputGradients, OutputGradients
+from .triangle_backward import InputGradients, NormShare, OutputGradients
 from .triangle_forward import Operands
 from .triangle_tiles import GatedProjection, Norm
 
@@ -103,11 +103,20 @@ def project_backward(
     norm: Norm,
     projection: GatedProjection,
     mask: Optional[torch.Tensor],
-    grad_x: Optional[torch.Tensor] = None,
+    share: Optional[NormShare] = None,
 ) -> InputGradients:
     """Backward of `project_operands`, see `triangle_backward.project_backward`."""
-    arguments = (grad_a, grad_b, z, norm, projection, mask, grad_x)
-    tensors = (grad_a, grad_b, z, norm[0], norm[1], *projection, mask, grad_x)
+    arguments = (grad_a, grad_b, z, norm, projection, mask, share)
+    tensors = (
+        grad_a,
+        grad_b,
+        z,
+        norm[0],
+        norm[1],
+        *projection,
+        mask,
+        *((None,) * 4 if share is None else share),
+    )
     return _find("project_backward", arguments, tensors)(*arguments)
 
 

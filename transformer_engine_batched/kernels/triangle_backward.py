@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The triangle multiplicative update without its contraction: backward.
 
-    output_backward:   grad_out -> grad_c, the output gate's part of the gradient of x, parameters of the output
-    project_backward:  grad_a, grad_b -> grad_z, parameters of the input
+    output_backward:   grad_out -> grad_c, the output gate's share of LN_in's backward, parameters of the output
+    project_backward:  grad_a, grad_b, that share -> grad_z, parameters of the input
 
 The formulas are those of `triangle_forward`. Gates, projections and normalized tensors are computed again from z
 and c, nothing of them was stored. Each function runs one kernel for the gradients of activations and one for those
@@ -47,19 +47,33 @@ from .triangle_tiles import (
 from .turn_codes import turn_codes
 
 
+class NormShare(NamedTuple):
+    """One reader's share in the backward of ``x = LN_in(z) = hat * weight + bias``, ``hat = (z - mean) / std``.
+
+    `grad_hat`: ``[B, N, N, D]`` in z's dtype, the gradient of hat less its mean over the channels, which does not
+    change that of z. `norm_sums`: float32 ``[S, 2 D]``, whose sum over S is the gradient of the weight, then the bias.
+    `hat` and `rstds`, where the reader has kept them: ``hat + 1/4`` as grad_hat, and float32 ``1 / std``, ``[B, N, N]``.
+    """
+
+    grad_hat: torch.Tensor
+    norm_sums: torch.Tensor
+    hat: Optional[torch.Tensor] = None
+    rstds: Optional[torch.Tensor] = None
+
+
 class OutputGradients(NamedTuple):
     """What `output_backward` returns.
 
     `grad_c`: ``[B, H, N_p, N_p]`` (i, j), zero padded: uint8 codes, or the weights' dtype without FP8.
     `grad_c_turned`: codes (j, i); None without FP8. `scale_inv`: float32 ``[1]`` or None.
-    `grad_x`: ``[B, N, N, D]``, the output gate's part of the gradient of ``x = LN_in(z)`` (not of z), in z's
-    dtype, for `project_backward`. `norm_out` and `output`: gradients in their parameters' places and dtypes.
+    `norm_in`: the output gate's share in LN_in's backward, for `project_backward`. `norm_out` and `output`:
+    gradients in their parameters' places and dtypes.
     """
 
     grad_c: torch.Tensor
     grad_c_turned: Optional[torch.Tensor]
     scale_inv: Optional[torch.Tensor]
-    grad_x: torch.Tensor
+    norm_in: NormShare
     norm_out: Norm
     output: GatedProjection
 
@@ -149,14 +163,16 @@ def output_backward(
     is_delayed = scale is not None
     shape = (batch, hidden, padded, padded)
     grad_c = torch.empty(shape, dtype=torch.uint8 if is_delayed else dtype, device=z.device)
-    grad_x = torch.empty_like(z)
+    grad_hat = torch.empty_like(z)
     scale_inv = torch.empty(1, dtype=torch.float32, device=z.device) if is_delayed else None
 
     tile = choose_output_tile(dim, hidden, dtype)
     num_tiles = batch * triton.cdiv(padded * padded, tile.positions)
     multiprocessors = tiles.num_multiprocessors(z.get_device())
     num_programs = min(num_tiles, tile.programs_per_multiprocessor * multiprocessors)
-    norm_sums = torch.zeros((max(num_programs, 1), 2 * hidden), device=z.device)
+    norm_in_sums, norm_sums = (
+        torch.zeros((max(num_programs, 1), 2 * n), device=z.device) for n in (dim, hidden)
+    )
     if z.numel():
         constants = (
             size, padded, num_tiles, *c.stride()[:3], float(norm_in.eps), float(norm_out.eps), dim,
@@ -166,7 +182,7 @@ def output_backward(
         )  # fmt: skip
         pointers = (
             grad_out, c, z, norm_in.weight, norm_in.bias, norm_out.weight, norm_out.bias, *output,
-            grad_c, grad_x, norm_sums, scale, amax, scale_inv,
+            grad_c, grad_hat, norm_in_sums, norm_sums, scale, amax, scale_inv,
         )  # fmt: skip
         tiles.launch_tile(_output_kernel, num_programs, tile, pointers, constants)
     elif is_delayed:
@@ -185,8 +201,14 @@ def output_backward(
         )
     norm_grads = tiles.cast_sums(norm_sums, (norm_out.weight, norm_out.bias), ((hidden,),) * 2)
     output_grads = weight_gradients.find_output_gradients(grad_out, c, z, norm_in, norm_out, output)
+    norm_in_share = NormShare(grad_hat, norm_in_sums)
     return OutputGradients(
-        grad_c, grad_c_turned, scale_inv, grad_x, Norm(*norm_grads, norm_out.eps), output_grads
+        grad_c,
+        grad_c_turned,
+        scale_inv,
+        norm_in_share,
+        Norm(*norm_grads, norm_out.eps),
+        output_grads,
     )
 
 
@@ -197,7 +219,7 @@ def project_backward(
     norm: Norm,
     projection: GatedProjection,
     mask: Optional[torch.Tensor],
-    grad_x: Optional[torch.Tensor] = None,
+    share: Optional[NormShare] = None,
 ) -> InputGradients:
     """Backward of `triangle_forward.project_operands`.
 
@@ -208,9 +230,8 @@ def project_backward(
         incoming. Contiguous in the last dim, else any strides; FP32, BF16 or FP16.
     z, norm, projection, mask
         As `project_operands` was given them. The mask gets no gradient.
-    grad_x : torch.Tensor, optional
-        ``[B, N, N, D]`` in z's dtype: a further gradient of ``x = LN(z)``, that of `output_backward`. Its
-        memory is used for the gradient of z.
+    share : NormShare, optional
+        What `output_backward` has found of LN's backward. The memory of its gradient is used for that of z.
 
     Returns
     -------
@@ -236,13 +257,11 @@ def project_backward(
     tiles.check_projection("projection", projection, rows, rows, z.device)
     if mask is not None:
         mask = tiles.check_mask(mask, z)
-    if grad_x is not None:
-        tiles.check_tensor("grad_x", grad_x, tuple(z.shape), z.device)
-        if grad_x.dtype != z.dtype:
-            raise TypeError(f"`grad_x` must be {z.dtype} as z and came as {grad_x.dtype}")
-    grad_z = torch.empty_like(z) if grad_x is None else grad_x
+    check_share(share, z)
+    grad_hat = None if share is None else share.grad_hat
+    grad_z = torch.empty_like(z) if grad_hat is None else grad_hat
     dtype = projection.weight_p.dtype
-    # Before grad_x is overwritten nothing else needs it; the weights' kernel reads z and the operands' gradients.
+    # Before grad_hat is overwritten nothing else needs it; the weights' kernel reads z and the operands' gradients.
     grads = weight_gradients.find_projection_gradients(grad_a, grad_b, z, norm, projection, mask)
     tile = choose_input_tile(dim, hidden, dtype)
     pitch = tiles.pad(size)
@@ -258,11 +277,35 @@ def project_backward(
             tile.num_stages, tiles.dot_precision(dtype),
         )  # fmt: skip
         pointers = (
-            grad_a, grad_b, z, mask, norm.weight, norm.bias, *projection, grad_x, grad_z, norm_sums
+            grad_a, grad_b, z, mask, norm.weight, norm.bias, *projection, grad_hat, grad_z, norm_sums
         )  # fmt: skip
         tiles.launch_tile(_input_kernel, num_programs, tile, pointers, constants)
+    if share is not None:
+        norm_sums = torch.cat((share.norm_sums, norm_sums))
     norm_grads = tiles.cast_sums(norm_sums, (norm.weight, norm.bias), ((dim,),) * 2)
     return InputGradients(grad_z, Norm(*norm_grads, norm.eps), grads)
+
+
+def check_share(share: Optional[NormShare], z: torch.Tensor) -> None:
+    """Raises where a share of another reader of LN(z) does not fit z."""
+    if share is None:
+        return
+    for name, x in (("share.grad_hat", share.grad_hat), ("share.hat", share.hat)):
+        if x is not None:
+            tiles.check_tensor(name, x, tuple(z.shape), z.device)
+            if x.dtype != z.dtype:
+                raise TypeError(f"`{name}` must be {z.dtype} as z and came as {x.dtype}")
+    if (share.hat is None) != (share.rstds is None):
+        raise ValueError("`share.hat` and `share.rstds` must come together")
+    if share.rstds is not None:
+        tiles.check_tensor("share.rstds", share.rstds, tuple(z.shape[:3]), z.device)
+        if share.rstds.dtype != torch.float32:
+            raise TypeError(f"`share.rstds` must be float32 and came as {share.rstds.dtype}")
+    sums, num_sums = share.norm_sums, 2 * z.shape[-1]
+    if sums.dtype != torch.float32 or sums.ndim != 2 or sums.shape[1] != num_sums:
+        raise ValueError(
+            f"`share.norm_sums` must be float32 [S, {num_sums}] and came as {sums.dtype}, shape {tuple(sums.shape)}"
+        )
 
 
 @triton.jit(do_not_specialize_on_alignment=["scale_ptr", "amax_ptr", "scale_inv_ptr"])
@@ -279,7 +322,8 @@ def _output_kernel(
     g_weight_ptr,
     g_bias_ptr,
     grad_c_ptr,
-    grad_x_ptr,
+    grad_hat_ptr,
+    in_sums_ptr,
     sums_ptr,
     scale_ptr,
     amax_ptr,
@@ -306,7 +350,7 @@ def _output_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program makes every so many tiles of grad_c and grad_x, and its sums over positions for LN_out."""
+    """A program makes every so many tiles of grad_c and grad_hat, and its sums over positions for both norms."""
     NUM_DIM: tl.constexpr = DIM // DIM_CHUNK
     NUM_HIDDEN: tl.constexpr = HIDDEN // HIDDEN_CHUNK
     dtype = p_weight_ptr.dtype.element_ty
@@ -333,6 +377,8 @@ def _output_kernel(
     tiles_per_item = tl.cdiv(padded * padded, POSITIONS)
     weight_sums = no_sums(HIDDEN, HIDDEN_CHUNK)
     bias_sums = no_sums(HIDDEN, HIDDEN_CHUNK)
+    in_weight_sums = no_sums(DIM, DIM_CHUNK)
+    in_bias_sums = no_sums(DIM, DIM_CHUNK)
 
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
         item = (tile // tiles_per_item).to(tl.int64)
@@ -341,9 +387,9 @@ def _output_kernel(
         inside = (row < size) & (col < size)
         position = item * size * size + row * size + col
         chunks = load_rows(z_ptr, position * DIM, inside, DIM, DIM_CHUNK, EVEN)
-        mean, rstd = find_moments(chunks, in_eps, 1, DIM, NUM_DIM)
+        in_mean, in_rstd = find_moments(chunks, in_eps, 1, DIM, NUM_DIM)
         xs = normalize(
-            chunks, mean, rstd, in_weight_ptr, in_bias_ptr, 1, DIM_CHUNK, NUM_DIM, dtype
+            chunks, in_mean, in_rstd, in_weight_ptr, in_bias_ptr, 1, DIM_CHUNK, NUM_DIM, dtype
         )  # fmt: skip
         offsets = item * c_batch_stride + row.to(tl.int64) * c_row_stride + col
         c_chunks = load_channels(
@@ -396,10 +442,29 @@ def _output_kernel(
                 new_cs = new_cs + (product,)
             grad_cs = new_cs
 
+        # Of LN_in's backward what needs grad_x alone.
+        sum_1 = tl.zeros((POSITIONS,), tl.float32)
+        new_weight_sums = ()
+        new_bias_sums = ()
+        new_xs = ()
+        for index in tl.static_range(NUM_DIM):
+            hat = (tl.trans(chunks[index]).to(tl.float32) - in_mean[None, :]) * in_rstd[None, :]
+            grad = grad_xs[index]
+            new_weight_sums = new_weight_sums + (
+                in_weight_sums[index] + tl.sum(grad * hat, axis=1),
+            )
+            new_bias_sums = new_bias_sums + (in_bias_sums[index] + tl.sum(grad, axis=1),)
+            grad = scale_channels(grad, in_weight_ptr, index * DIM_CHUNK, DIM_CHUNK, 0)
+            new_xs = new_xs + (grad,)
+            sum_1 += tl.sum(grad, axis=0)
+        in_weight_sums = new_weight_sums
+        in_bias_sums = new_bias_sums
+        sum_1 *= 1.0 / DIM
         for index in tl.static_range(NUM_DIM):
             channels = index * DIM_CHUNK + tl.arange(0, DIM_CHUNK)
-            pointers = grad_x_ptr + (position * DIM)[:, None] + channels[None, :]
-            values = tl.trans(grad_xs[index].to(grad_x_ptr.dtype.element_ty))
+            pointers = grad_hat_ptr + (position * DIM)[:, None] + channels[None, :]
+            values = new_xs[index] - sum_1[None, :]
+            values = tl.trans(values.to(grad_hat_ptr.dtype.element_ty))
             if EVEN:
                 tl.store(pointers, values)
             else:
@@ -448,6 +513,11 @@ def _output_kernel(
 
     if amax_ptr is not None:
         raise_amax(amax_ptr, known_amax, tl.max(amax, axis=0))
+    in_sums_ptr += tl.program_id(0) * 2 * DIM
+    for index in tl.static_range(NUM_DIM):
+        channels = index * DIM_CHUNK + tl.arange(0, DIM_CHUNK)
+        tl.store(in_sums_ptr + channels, in_weight_sums[index])
+        tl.store(in_sums_ptr + DIM + channels, in_bias_sums[index])
     sums_ptr += tl.program_id(0) * 2 * HIDDEN
     for index in tl.static_range(NUM_HIDDEN):
         channels = index * HIDDEN_CHUNK + tl.arange(0, HIDDEN_CHUNK)
@@ -467,7 +537,7 @@ def _input_kernel(
     p_bias_ptr,
     g_weight_ptr,
     g_bias_ptr,
-    grad_x_ptr,
+    grad_hat_ptr,
     grad_z_ptr,
     sums_ptr,
     size,
@@ -553,16 +623,16 @@ def _input_kernel(
         for index in tl.static_range(NUM):
             channels = index * CHUNK + tl.arange(0, CHUNK)
             grad = grad_xs[index]
-            if grad_x_ptr is not None:
-                pointers = grad_x_ptr + channels[:, None] + (position * DIM)[None, :]
-                if EVEN:
-                    grad += tl.load(pointers).to(tl.float32)
-                else:
-                    grad += tl.load(pointers, mask=inside[None, :], other=0.0).to(tl.float32)
             hat = (tl.trans(chunks[index]).to(tl.float32) - mean[None, :]) * rstd[None, :]
             new_weight_sums = new_weight_sums + (weight_sums[index] + tl.sum(grad * hat, axis=1),)
             new_bias_sums = new_bias_sums + (bias_sums[index] + tl.sum(grad, axis=1),)
             grad = scale_channels(grad, norm_weight_ptr, index * CHUNK, CHUNK, 0)
+            if grad_hat_ptr is not None:
+                pointers = grad_hat_ptr + channels[:, None] + (position * DIM)[None, :]
+                if EVEN:
+                    grad += tl.load(pointers).to(tl.float32)
+                else:
+                    grad += tl.load(pointers, mask=inside[None, :], other=0.0).to(tl.float32)
             new_xs = new_xs + (grad,)
             sum_1 += tl.sum(grad, axis=0)
             sum_2 += tl.sum(grad * hat, axis=0)

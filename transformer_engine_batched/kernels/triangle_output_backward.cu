@@ -5,15 +5,15 @@
 //   dWo = sum of du y^T;  dWgo = sum of dg x^T;  dbo = sum of du;  dbgo = sum of dg
 // All tensors are BF16 and c is channel-first; statistics, sums and gates FP32. triangle_backward.py says the same.
 //
-// LN_out's weight and bias are put into Wo and bo: with c' = (c - mean) / std,  Wo y + bo = V c' + v. Rows of c' have mean
-// zero, so V's may, too. What is left of LN_out's backward, with r = 1 / std:
+// The norms' weights and biases are put into Wo, bo, Wgo and bgo, as triangle_project_backward.cu has it for LN_in. With
+// c' = (c - mean) / std and r = 1 / std of c,  Wo y + bo = V c' + v:
 //   grad_c = r * (V^T du - c' * (mean of c' * V^T du)),  and that mean is (du . V c') / H
-//   dWo = (sum of du c'^T) * weight + dbo bias^T;  dweight = column sums of Wo * (sum of du c'^T);  dbias = Wo^T dbo
+// Of LN_in's backward the operands' kernel does the rest: it gets the gradient of hat, which is V_g^T dg, and hat itself.
 //
 // A persistent grid of one CTA per SM walks tiles of 64 positions of one row, bulk copies of z, c and grad_out ahead of it.
-// One warpgroup normalizes tiles where they lie. The other two share the channels: products for u and s, du in the place
-// of grad_out and dg beside it, products for half of grad_x and grad_c, and the sums over positions, which stay in
-// registers until the end. Both weights stay in shared memory. Compiled at run time: see nvrtc.py.
+// One warpgroup normalizes tiles where they lie, and copies hat out. The other two share the channels: products for u and s,
+// du in the place of grad_out and dg beside it, products for half of grad_hat and grad_c, and the sums over positions, which
+// stay in registers until the end. Both weights stay in shared memory. Compiled at run time: see nvrtc.py.
 
 #include "triangle_norms.cuh"
 
@@ -23,11 +23,8 @@
 #ifndef OUT_TYPE          // of grad_c
 #define OUT_TYPE E5M2
 #endif
-#ifndef HAS_BIAS          // LN_out's or bo
+#ifndef HAS_BIAS          // of any norm, u or the gate
 #define HAS_BIAS 1
-#endif
-#ifndef HAS_GATE_BIAS
-#define HAS_GATE_BIAS 0
 #endif
 #ifndef RAISES            // amax is raised
 #define RAISES 1
@@ -45,16 +42,15 @@ constexpr int kUnitBytes = kPositions * kChannels * 2;
 constexpr int kWeightBytes = kChannels * kChannels * 2;
 constexpr int kVector = OUT_TYPE == BF16 ? 8 : 16;             // positions in 16 bytes of grad_c
 constexpr int kLineBytes = OUT_TYPE == BF16 ? 128 : 64;        // of one channel of a tile of grad_c
-constexpr int kOffsetGate = kWeightBytes;                      // Wgo behind V
+constexpr int kOffsetGate = kWeightBytes;                      // V_g behind V
 constexpr int kOffsetUnits = 2 * kWeightBytes;
 constexpr int kOffsetGrads = kOffsetUnits + NUM_UNITS * kUnitBytes;  // dg
-constexpr int kOffsetOutX = kOffsetGrads + kUnitBytes;               // grad_x
+constexpr int kOffsetOutX = kOffsetGrads + kUnitBytes;               // grad_hat
 constexpr int kOffsetOutC = kOffsetOutX + kUnitBytes;                // grad_c
-constexpr int kOffsetOnes = kOffsetOutC + kChannels * kLineBytes;    // 4 rows of ones, 4 of zeros; 4 of zeros, 4 of ones
-constexpr int kOffsetNorm = kOffsetOnes + 2048;                      // LN_in's weight and bias
-constexpr int kOffsetBias = kOffsetNorm + 2 * kChannels * 4;         // v, bgo
-constexpr int kOffsetRstd = kOffsetBias + 2 * kChannels * 4;         // of two tiles
-constexpr int kOffsetDots = kOffsetRstd + 2 * kPositions * 4;        // du . V c' of two tiles, a half of the channels each
+constexpr int kOffsetBias = kOffsetOutC + kChannels * kLineBytes;    // of two channels v, then v_g times -log2(e)
+constexpr int kOffsetRstd = kOffsetBias + 2 * kChannels * 4;         // of c, of two tiles
+constexpr int kOffsetRstdZ = kOffsetRstd + 2 * kPositions * 4;
+constexpr int kOffsetDots = kOffsetRstdZ + kPositions * 4;           // du . V c' of two tiles, a half of the channels each
 constexpr int kOffsetBarriers = kOffsetDots + 4 * kPositions * 4;
 
 static_assert(NUM_UNITS >= 6 && NUM_UNITS < 9, "two tiles");
@@ -63,13 +59,16 @@ static_assert(NUM_UNITS >= 6 && NUM_UNITS < 9, "two tiles");
 struct Params {
   TensorMap z_map;  // (bytes, columns, rows, items) in boxes of 128 bytes x 64
   TensorMap grad_map;
-  TensorMap c_map;            // (bytes of a row, channels, rows, items) in boxes of 128 bytes x 128
+  TensorMap c_map;    // (bytes of a row, channels, rows, items) in boxes of 128 bytes x 128
+  TensorMap hat_map;  // as z's, in boxes of 128 bytes x 16
   const void* parameters[6];  // norm_in weight and bias, norm_out weight and bias, bo, bgo; null: none
   const uint4* p_weight;
   const uint4* g_weight;
   char* grad_c;
-  char* grad_x;
-  float* norm_shares;    // [CTAs, 2 H]
+  char* grad_hat;
+  float* rstds;          // of z, [B, N, N]
+  float* in_shares;      // [CTAs, 2 D], of LN_in
+  float* out_shares;     // [CTAs, 2 H], of LN_out
   float* weight_shares;  // [CTAs, D (D + H + 2)]: Wo, bo, Wgo, bgo
   const float* scale;
   float* amax;
@@ -81,8 +80,8 @@ struct Params {
 };
 
 struct Barriers {
-  // Units hold what was copied; tiles (two in turn) are normalized; a tile is done with; dg may be overwritten.
-  u32 full, ready, done, read;
+  // Units hold what was copied; tiles (two in turn) are normalized; their hat has been copied out; products of a tile are done.
+  u32 full, ready, copied, done;
 };
 
 // The first position of a tile, and how to the CTA's next one: without a division.
@@ -127,48 +126,40 @@ struct Ring {
 
 // --- Before the first tile
 
-// V, v and bgo, Wgo: 16 lanes have a row. All is read before anything is written: the latency of one load.
+// V and v, V_g and v_g: 16 lanes have a row. All is read before anything is written: the latency of one load.
 __device__ __forceinline__ void prepare_weights(const Params& params, u32 shared) {
   constexpr int kRows = kThreads / 16, kPasses = (kChannels + kRows - 1) / kRows;
   const int chunk = threadIdx.x % 16, first = threadIdx.x / 16;
-  float weight[8], bias[8];
-  uint4 p[kPasses], g[kPasses];
+  float weights[2][8], biases[2][8];  // of LN_out, of LN_in
+  uint4 raw[2][kPasses];
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const int index = min(first + pass * kRows, kChannels - 1) * 16 + chunk;
-    p[pass] = params.p_weight[index];
-    g[pass] = params.g_weight[index];
+    raw[0][pass] = params.p_weight[index];
+    raw[1][pass] = params.g_weight[index];
   }
 #pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    weight[i] = read_parameter(params, 2, chunk * 8 + i, 1);
-    bias[i] = read_parameter(params, 3, chunk * 8 + i, 0);
+  for (int kind = 0; kind < 2; ++kind) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      weights[kind][i] = read_parameter(params, 2 - 2 * kind, chunk * 8 + i, 1);
+      biases[kind][i] = read_parameter(params, 3 - 2 * kind, chunk * 8 + i, 0);
+    }
   }
 #pragma unroll
   for (int pass = 0; pass < kPasses; ++pass) {
     const int row = first + pass * kRows;
-    const u32 pairs[4] = {p[pass].x, p[pass].y, p[pass].z, p[pass].w};
-    const u32 gate[4] = {g[pass].x, g[pass].y, g[pass].z, g[pass].w};
-    float values[8], mean = 0, sum = 0;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const float value = i % 2 ? high_half(pairs[i / 2]) : low_half(pairs[i / 2]);
-      sum += value * bias[i];
-      values[i] = value * weight[i];
-      mean += values[i];
-    }
-    mean = sum_lanes<16>(mean) * (1.0f / kChannels);
-    sum = sum_lanes<16>(sum);
-    if (row >= kChannels) continue;  // after the shuffles, in which all lanes take part
-    u32 words[4];
-#pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = pack_bf16(values[2 * i] - mean, values[2 * i + 1] - mean);
-    const u32 target = chunk_address(shared + chunk / 8 * (kWeightBytes / 2), row, chunk);
-    store_shared(target, words);
-    store_shared(target + kOffsetGate, gate);
-    if (chunk == 0) {
-      store_shared(shared + kOffsetBias + row * 4, sum + read_parameter(params, 4, row, 0));
-      store_shared(shared + kOffsetBias + (kChannels + row) * 4, read_parameter(params, 5, row, 0));
+    for (int kind = 0; kind < 2; ++kind) {
+      u32 words[4];
+      float shift;
+      fold_norm<16>(raw[kind][pass], weights[kind], biases[kind], words, shift);
+      if (row >= kChannels) continue;  // after the shuffles, in which all lanes take part
+      store_shared(chunk_address(shared + kind * kOffsetGate + chunk / 8 * (kWeightBytes / 2), row, chunk), words);
+      if (chunk == 0) {
+        shift += read_parameter(params, 4 + kind, row, 0);
+        store_shared(shared + kOffsetBias + (row / 2 * 4 + kind * 2 + row % 2) * 4, kind ? shift * -1.44269504f : shift);
+      }
     }
   }
 }
@@ -206,13 +197,34 @@ __device__ __forceinline__ void fill_units(const Params& params, Tile tile, int 
 
 // --- The last warpgroup: norms
 
+// 1 / std and hat of a warp's 16 positions, for the operands' backward.
+__device__ __forceinline__ void store_hat(const Params& params, const Tile& tile, int warp, u32 z, u32 rstds) {
+  const int lane = threadIdx.x % 32, col = tile.col + warp * 16;
+  if (elect_lane()) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      store_box(params.hat_map, z + half * (kUnitBytes / 2) + warp * 2048, half * 128, col, tile.row, tile.item);
+    }
+    commit_stores();
+  }
+  __syncwarp();
+  if (lane < 16 && tile.row < params.size && col + lane < params.size) {
+    const i64 position = (static_cast<i64>(tile.item) * params.size + tile.row) * params.size + col + lane;
+    params.rstds[position] = load_shared(rstds + lane * 4);
+  }
+}
+
 __device__ __forceinline__ void normalize_tiles(const Params& params, int warp, u32 shared, const Barriers& barriers) {
   Ring ring;
+  Tile tile(params, blockIdx.x);
   u32 parity = 0;
   for (int index = blockIdx.x; index < params.num_tiles; index += gridDim.x, parity ^= 1) {
     wait_barrier(barriers.full + ring.unit * 8, ring.phase);
-    const u32 z = shared + kOffsetUnits + ring.unit * kUnitBytes;
-    normalize_rows<kUnitBytes / 2>(z, shared + kOffsetNorm, warp, params.in_eps);
+    const u32 z = shared + kOffsetUnits + ring.unit * kUnitBytes, rstds = shared + kOffsetRstdZ + warp * 64;
+    normalize_row_pairs<kChannels, kUnitBytes / 2>(z, rstds, warp, params.in_eps, [] {});
+    publish_writes();
+    __syncwarp();
+    store_hat(params, tile, warp, z, rstds);
     ring.advance();
     wait_barrier(barriers.full + ring.unit * 8, ring.phase);
     const u32 c = shared + kOffsetUnits + ring.unit * kUnitBytes;
@@ -221,8 +233,16 @@ __device__ __forceinline__ void normalize_tiles(const Params& params, int warp, 
     ring.advance();
     publish_writes();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) arrive(barriers.ready + parity * 8);
+    if (elect_lane()) {
+      arrive(barriers.ready + parity * 8);
+      wait_for_reading_stores();
+      arrive(barriers.copied + parity * 8);
+    }
+    __syncwarp();
+    tile.advance(params);
   }
+  if (elect_lane()) wait_for_stores();
+  __syncwarp();
 }
 
 // --- The other two: half of the channels each
@@ -261,11 +281,6 @@ struct Place {
   }
 };
 
-// A descriptor 16 * `units` bytes further on, by an addition of 32 bits: nothing is carried.
-__device__ __forceinline__ u64 step(u64 descriptor, u32 units) {
-  return (descriptor & ~u64(0xFFFFFFFF)) | (static_cast<u32>(descriptor) + units);
-}
-
 // u without v, and the gate's argument without bgo, of 64 channels.
 __device__ __forceinline__ void start_forward(float (&u)[32], float (&g)[32], const Units& units, u32 shared, int group) {
   pin_registers(u);
@@ -295,12 +310,10 @@ __device__ __forceinline__ void start_backward(float (&d)[32], u32 grads, u32 we
 }
 
 struct Totals {
-  float p[64], g[64];  // du c'^T and dg x^T: 64 rows
-  float bias[4];       // du in columns 0 to 3, dg in the others
+  float p[64], g[64];  // du c'^T and dg hat^T: 64 rows
   __device__ __forceinline__ void pin() {
     pin_registers(p);
     pin_registers(g);
-    if (HAS_BIAS || HAS_GATE_BIAS) pin_registers(bias);
   }
 };
 
@@ -309,13 +322,10 @@ __device__ __forceinline__ void start_totals(Totals& totals, const Units& units,
   const int half = group * (kUnitBytes / 2);
   const u64 du = matrix_descriptor(units.grad + half), dg = matrix_descriptor(shared + kOffsetGrads + half);
   const u64 c = matrix_descriptor(units.c), x = turned_descriptor(units.z, kUnitBytes / 2);
-  const u64 ones = matrix_descriptor(shared + kOffsetOnes);
   if (k == 0) totals.pin();
   begin_products();
   multiply_bf16<1, 0>(totals.p, step(du, k * 128), step(c, k * 2), 1);
   multiply_bf16<1, 1>(totals.g, step(dg, k * 128), step(x, k * 128), 1);
-  if (HAS_BIAS) multiply_bf16<1, 0>(totals.bias, step(du, k * 128), ones, 1);
-  if (HAS_GATE_BIAS) multiply_bf16<1, 0>(totals.bias, step(dg, k * 128), step(ones, 64), 1);
   commit_products();
 }
 
@@ -325,7 +335,7 @@ __device__ __forceinline__ void gate_gradients(const float (&u)[32], const float
   const Place place;
   const u32 offset = group * (kUnitBytes / 2) + place.find_matrices();
   const u32 grads = unit + offset, gates = shared + kOffsetGrads + offset;
-  const u32 biases = shared + kOffsetBias + (group * 64 + place.lane % 4 * 2) * 4;
+  const u32 biases = shared + kOffsetBias + (group * 64 + place.lane % 4 * 2) * 8;
   float dot[2] = {};
 #pragma unroll
   for (int part = 0; part < 4; ++part) {
@@ -333,9 +343,8 @@ __device__ __forceinline__ void gate_gradients(const float (&u)[32], const float
     load_matrices(grads ^ part * 32, pairs);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
-      float p_bias[2] = {}, g_bias[2] = {};
-      if (HAS_BIAS) load_shared(biases + (part * 16 + j * 8) * 4, p_bias);
-      if (HAS_GATE_BIAS) load_shared(biases + (kChannels + part * 16 + j * 8) * 4, g_bias);
+      float bias[4] = {};
+      if (HAS_BIAS) load_shared(biases + (part * 16 + j * 8) * 8, bias);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float du[2], dg[2];
@@ -343,10 +352,10 @@ __device__ __forceinline__ void gate_gradients(const float (&u)[32], const float
         for (int e = 0; e < 2; ++e) {
           const int n = part * 8 + j * 4 + i * 2 + e;
           const u32 pair = pairs[2 * j + i];
-          const float gate = sigmoid(HAS_GATE_BIAS ? g[n] + g_bias[e] : g[n]);
+          const float gate = sigmoid(g[n], bias[2 + e]);
           du[e] = (e ? high_half(pair) : low_half(pair)) * gate;
           dot[i] += du[e] * u[n];
-          const float product = du[e] * (HAS_BIAS ? u[n] + p_bias[e] : u[n]);
+          const float product = du[e] * (HAS_BIAS ? u[n] + bias[e] : u[n]);
           dg[e] = product - product * gate;
         }
         du_words[2 * j + i] = pack_bf16(du[0], du[1]);
@@ -366,7 +375,7 @@ __device__ __forceinline__ void gate_gradients(const float (&u)[32], const float
 }
 
 // Part of four of 16 positions x 64 channels of a warp, into shared memory.
-__device__ __forceinline__ void stage_grad_x(const float (&values)[32], u32 stage, int part) {
+__device__ __forceinline__ void stage_grad_hat(const float (&values)[32], u32 stage, int part) {
   const Place place;
   u32 words[4];
 #pragma unroll
@@ -375,12 +384,12 @@ __device__ __forceinline__ void stage_grad_x(const float (&values)[32], u32 stag
 }
 
 // From there, 128 neighbouring bytes of 8 lanes.
-__device__ __forceinline__ void store_grad_x(const Params& params, const Tile& tile, u32 stage, int group) {
+__device__ __forceinline__ void store_grad_hat(const Params& params, const Tile& tile, u32 stage, int group) {
   const Place place;
   __syncwarp();
   const int first = place.warp * 16 + place.lane / 8, chunk = place.lane % 8;
   const i64 position = (static_cast<i64>(tile.item) * params.size + tile.row) * params.size + tile.col + first;
-  char* out = params.grad_x + (position * kChannels + group * 64 + chunk * 8) * 2;
+  char* out = params.grad_hat + (position * kChannels + group * 64 + chunk * 8) * 2;
   const int num_rows = tile.row < params.size ? params.size - tile.col - first : 0;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -423,7 +432,7 @@ __device__ __forceinline__ void stage_grad_c(const float (&values)[32], const No
       for (int e = 0; e < 2; ++e) {
         const u32 pair = pairs[2 * j + i];
         const float c = e ? high_half(pair) : low_half(pair);
-        v[i][e] = values[part * 8 + j * 4 + i * 2 + e] * norm.rstd[i] - c * norm.factor[i];
+        v[i][e] = values[part * 8 + j * 4 + i * 2 + e] * norm.rstd[i] + (kHatOffset - c) * norm.factor[i];
         if (RAISES) amax = fmaxf(amax, fabsf(v[i][e]));
         if (OUT_TYPE != BF16) v[i][e] *= scale;
       }
@@ -483,67 +492,22 @@ __device__ __forceinline__ void store_grad_c(const Params& params, const Tile& t
   }
 }
 
-// This CTA's part of the gradients of parameters. Sums go through shared memory: registers are few. There, 32 bytes of a row
-// change places with those of the rows beside it, so that stores use all banks.
-__device__ __forceinline__ void store_totals(const Totals& totals, const Params& params, u32 shared, int group) {
-  const Place place;
-  constexpr int kGateSums = kChannels * kChannels * 4, kBiasSums = 2 * kGateSums;  // behind those for Wo
-  const int quad = place.lane % 4, first = group * 64 + place.warp * 16 + place.lane / 4;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const u32 row = shared + (first + 8 * i) * (kChannels * 4) + quad * 8;
-#pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      const int n = 4 * j + 2 * i;
-      const u32 p[2] = {static_cast<u32>(__float_as_int(totals.p[n])), static_cast<u32>(__float_as_int(totals.p[n + 1]))};
-      const u32 g[2] = {static_cast<u32>(__float_as_int(totals.g[n])), static_cast<u32>(__float_as_int(totals.g[n + 1]))};
-      store_shared(row + (j ^ place.lane / 4) * 32, p);
-      store_shared(row + kGateSums + (j ^ place.lane / 4) * 32, g);
-    }
-    if (quad % 2 == 0) {
-      store_shared(shared + kBiasSums + (quad / 2 * kChannels + first + 8 * i) * 4, totals.bias[2 * i]);
-    }
-  }
+// This CTA's part of the gradients of parameters, by way of shared memory: weights and dg are needed no more.
+__device__ __forceinline__ void store_totals(Totals& totals, const Params& params, u32 shared) {
+  const int col = thread_index() % kChannels;
+  float* sums = params.weight_shares + static_cast<i64>(blockIdx.x) * (kChannels * (2 * kChannels + 2));
+  const u32 row_sums = shared + kOffsetGrads;
   sync_pair(0);
-  float* weights = params.weight_shares + static_cast<i64>(blockIdx.x) * (kChannels * (2 * kChannels + 2));
-  const int col = threadIdx.x % kChannels, first_row = threadIdx.x / kChannels * 64;
-  const float weight = read_parameter(params, 2, col, 1), bias = read_parameter(params, 3, col, 0);
-  float weight_sum = 0, bias_sum = 0;
-#pragma unroll 1
-  for (int begin = first_row; begin < first_row + 64; begin += 16) {
-    float p[16];
-#pragma unroll
-    for (int i = 0; i < 16; ++i) p[i] = read(params.p_weight, (begin + i) * kChannels + col, 1);
-#pragma unroll
-    for (int i = 0; i < 16; ++i) {
-      const int row = begin + i;
-      const u32 source = shared + row * (kChannels * 4) + (col * 4 ^ i % 8 * 32);
-      const float sum = load_shared(source), row_bias = load_shared(shared + kBiasSums + row * 4);
-      weight_sum += p[i] * sum;
-      bias_sum += p[i] * row_bias;
-      weights[row * kChannels + col] = sum * weight + row_bias * bias;
-      weights[kChannels * (kChannels + 1 + row) + col] = load_shared(source + kGateSums);
-    }
-  }
-  // Thread 128 + i has the other rows of thread i's column.
-  const u32 sums = shared + kBiasSums + 1024 + threadIdx.x * 8;
-  const u32 pair[2] = {static_cast<u32>(__float_as_int(weight_sum)), static_cast<u32>(__float_as_int(bias_sum))};
-  store_shared(sums, pair);
-  const u32 own = shared + kBiasSums + threadIdx.x * 4;
-  weights[(threadIdx.x < kChannels ? kChannels : 2 * kChannels) * kChannels + threadIdx.x] = load_shared(own);
-  sync_pair(0);
-  if (threadIdx.x < kChannels) {
-    float* norms = params.norm_shares + blockIdx.x * (2 * kChannels);
-    float lower[2], upper[2];
-    load_shared(sums, lower);
-    load_shared(sums + kChannels * 8, upper);
-    norms[threadIdx.x] = lower[0] + upper[0];
-    norms[kChannels + threadIdx.x] = lower[1] + upper[1];
-  }
+  auto store = [&](float(&x)[64], const uint4* weight, int norm, float* target, float* norm_target) {
+    float norm_sums[2] = {};
+    store_weight_sums<kChannels>(x, shared, row_sums, weight, read_parameter(params, norm, col, 1),
+                                 read_parameter(params, norm + 1, col, 0), target, target + kChannels * kChannels,
+                                 norm_sums);
+    store_norm_sums<kChannels>(norm_sums, shared, norm_target + blockIdx.x * (2 * kChannels));
+  };
+  store(totals.p, params.p_weight, 2, sums, params.out_shares);
+  store(totals.g, params.g_weight, 0, sums + kChannels * (kChannels + 1), params.in_shares);
 }
-
-// From lane 0, so that the compiler knows that a warp agrees on it.
-__device__ __forceinline__ int find_warp() { return __shfl_sync(~0u, thread_index() / 32, 0); }
 
 __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared, const Barriers& barriers) {
   int group = find_warp() / 4;
@@ -554,7 +518,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared,
   }
   Tile tile(params, blockIdx.x);
   Totals totals = {};
-  float first[32], second[32];  // of u and the gate, then of grad_x and grad_c
+  float first[32], second[32];  // of u and the gate, then of grad_hat and grad_c
   Ring ring;
   Units units = take_units(ring, shared, barriers.full);
   wait_barrier(barriers.ready, 0);
@@ -567,8 +531,8 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared,
     const u32 parity = tile_index % 2;
     const u32 dots = shared + kOffsetDots + parity * (2 * kPositions * 4);
     wait_barrier(units.grad_barrier, units.grad_phase);
-    // The other warpgroup's products with the dg before.
-    if (tile_index > 0) wait_barrier(barriers.read, (tile_index - 1) % 2);
+    // All warps' products with the dg before: each reads what all of them have written.
+    if (tile_index > 0) wait_barrier(barriers.done, parity ^ 1);
     gate_gradients(first, second, units.grad, shared, group, dots);
     publish_writes();
     sync_pair(0);
@@ -581,13 +545,12 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared,
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
       if (part > 0) start_backward(second, units.grad, shared, group, 2 * part, 2 * part + 1);
-      stage_grad_x(first, x_stage, part);
+      stage_grad_hat(first, x_stage, part);
     }
     start_totals(totals, units, shared, group, 0);
-    store_grad_x(params, tile, x_stage, group);
+    store_grad_hat(params, tile, x_stage, group);
     wait_for_older_products();
     pin_registers(second);
-    if (thread_index() % 32 == 0) arrive(barriers.read);
     const NormBackward norm(shared + kOffsetRstd + parity * (kPositions * 4), dots);
     const u32 c_stage = shared + kOffsetOutC + group * (64 * kLineBytes);
     u32 words[4];
@@ -615,6 +578,7 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared,
       Tile later = tile;
       later.advance(params);
       later.advance(params);
+      wait_barrier(barriers.copied + parity * 8, tile_index / 2 % 2);
       wait_barrier(barriers.done, parity);
       fill_units<NUM_UNITS, NUM_UNITS + 2>(params, later, index + 2 * static_cast<int>(gridDim.x), shared, barriers.full,
                                            unit >= NUM_UNITS ? unit - NUM_UNITS : unit);
@@ -632,34 +596,26 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared,
     const int bits = __float_as_int(amax);
     if (threadIdx.x % 32 == 0 && bits > __float_as_int(*params.amax)) atomicMax(reinterpret_cast<int*>(params.amax), bits);
   }
-  sync_pair(0);
-  store_totals(totals, params, shared, group);
+  store_totals(totals, params, shared);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) output_backward(const __grid_constant__ Params params) {
   extern __shared__ __align__(1024) char memory[];
   const u32 shared = shared_address(memory);  // dynamic memory alone: it starts at a multiple of 1024
   const u32 full = shared + kOffsetBarriers, ready = full + NUM_UNITS * 8;
-  const Barriers barriers = {full, ready, ready + 16, ready + 24};
+  const Barriers barriers = {full, ready, ready + 16, ready + 32};
   const int warp = find_warp();
   if (warp == 0 && elect_lane()) {
     for (int i = 0; i < NUM_UNITS; ++i) init_barrier(barriers.full + i * 8, 1);
-    for (int i = 0; i < 2; ++i) init_barrier(barriers.ready + i * 8, 4);
+    for (int i = 0; i < 2; ++i) {
+      init_barrier(barriers.ready + i * 8, 4);
+      init_barrier(barriers.copied + i * 8, 4);
+    }
     init_barrier(barriers.done, kMathWarps);
-    init_barrier(barriers.read, kMathWarps);
     publish_barriers();
     fill_units<0, NUM_UNITS - 1>(params, Tile(params, blockIdx.x), blockIdx.x, shared, barriers.full, 0);
   }
   prepare_weights(params, shared);
-  for (int i = threadIdx.x; i < kChannels; i += kThreads) {
-    store_shared(shared + kOffsetNorm + i * 4, read_parameter(params, 0, i, 1));
-    store_shared(shared + kOffsetNorm + (kChannels + i) * 4, read_parameter(params, 1, i, 0));
-  }
-  if (threadIdx.x < 128) {
-    const u32 pair = (threadIdx.x + 32) / 64 % 2 == 0 ? pack_bf16(1, 1) : 0;
-    const u32 words[4] = {pair, pair, pair, pair};
-    store_shared(shared + kOffsetOnes + threadIdx.x * 16, words);
-  }
   publish_writes();
   __syncthreads();
   // The three warpgroups start with 168 registers a thread each, in sum 504 = 56 + 2 * 224.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Backward of the triangle multiplicative update's output, on Hopper, in CUDA C++ (triangle_output_backward.cu).
 
-    grad_out -> grad_c, the output gate's part of the gradient of x = LN_in(z), parameters of the output
+    grad_out -> grad_c, the output gate's share of LN_in's backward, parameters of the output
 
 The same function as `triangle_backward.output_backward`, for BF16 and D = H = 128, in one kernel. Must not import
 Transformer Engine or a sibling package of `kernels`.
@@ -19,7 +19,7 @@ from . import triangle_tiles as tiles
 from .float8_quantize import quantize_float8_current
 from .memory import empty_strided
 from .nvrtc import Kernel, encode_tensor_map
-from .triangle_backward import OutputGradients
+from .triangle_backward import NormShare, OutputGradients
 from .triangle_forward import check_output
 from .triangle_tiles import GatedProjection, Norm
 from .turn_codes import turn_codes
@@ -28,9 +28,9 @@ _CHANNELS = 128
 _POSITIONS = 64
 _NUM_THREADS = 384
 _UNIT_BYTES = 2 * _POSITIONS * _CHANNELS
-# Of Wo, bo, Wgo and bgo; sums of LN_out's parameters and of these.
+# Of Wo, bo, Wgo and bgo; sums of LN_in's and LN_out's parameters and of these.
 _SHAPES = ((_CHANNELS, _CHANNELS), (_CHANNELS,)) * 2
-_NUM_SUMS = (2 * _CHANNELS, 2 * _CHANNELS * (_CHANNELS + 1))
+_NUM_SUMS = (2 * _CHANNELS, 2 * _CHANNELS, 2 * _CHANNELS * (_CHANNELS + 1))
 # As the kernel's `read` counts them.
 _PARAMETER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -162,13 +162,19 @@ def output_backward(
         tiles.num_multiprocessors(device_index),
     )
     batch, size = plan.shape
+    size_z = z.shape[1]
     grad_c = empty_strided(
         (batch, _CHANNELS, size, size),
         (_CHANNELS * size * size, size * size, size, 1),
         torch.bfloat16 if scale is None else torch.uint8,
         device_index,
     )
-    grad_x = empty_strided(tuple(z.shape), z.stride(), z.dtype, device_index)
+    grad_hat, hat = (
+        empty_strided(tuple(z.shape), z.stride(), z.dtype, device_index) for _ in range(2)
+    )
+    rstds = empty_strided(
+        tuple(z.shape[:3]), (size_z * size_z, size_z, 1), torch.float32, device_index
+    )
     scale_inv = None
     if scale is not None:
         scale_inv = empty_strided((1,), (1,), torch.float32, device_index)
@@ -177,13 +183,14 @@ def output_backward(
         for n in _NUM_SUMS
     ]
     if plan.num_ctas:
-        results = (grad_c, grad_x, *shares, scale, amax, scale_inv)
+        results = (grad_c, grad_hat, rstds, *shares, scale, amax, scale_inv)
         pointers = (*parameters, weight_p, weight_g, *results)
         parts = (
             encode_tensor_map(z.data_ptr(), *plan.row_map),
             encode_tensor_map(grad_out.data_ptr(), *plan.row_map),
             encode_tensor_map(c.data_ptr(), *plan.c_map),
-            struct.pack("<15Q", *[0 if x is None else x.data_ptr() for x in pointers]),
+            encode_tensor_map(hat.data_ptr(), *plan.row_map[:-1], (128, 16, 1, 1)),
+            struct.pack("<17Q", *[0 if x is None else x.data_ptr() for x in pointers]),
             plan.numbers,
         )
         plan.kernel.launch(plan.num_ctas, b"".join(parts), device_index)
@@ -204,13 +211,14 @@ def output_backward(
             amax_epsilon=amax_epsilon,
             force_pow_2_scales=force_pow_2_scales,
         )
-    norm_grads = tiles.cast_sums(shares[0], norm_out[:2], ((_CHANNELS,),) * 2)
-    output_grads = tiles.cast_sums(shares[1], tuple(output), _SHAPES)
+    in_shares, out_shares, weight_shares = shares
+    norm_grads = tiles.cast_sums(out_shares, norm_out[:2], ((_CHANNELS,),) * 2)
+    output_grads = tiles.cast_sums(weight_shares, tuple(output), _SHAPES)
     return OutputGradients(
         grad_c,
         grad_c_turned,
         scale_inv,
-        grad_x,
+        NormShare(grad_hat, in_shares, hat, rstds),
         Norm(*norm_grads, norm_out.eps),
         GatedProjection(*output_grads),
     )
@@ -259,16 +267,15 @@ def _make_plan(
         lines % padded,
         lines // padded,
     )
-    # Size of the struct, with 15 pointers: a multiple of its alignment, 64.
-    numbers += bytes(-(len(numbers) + 120) % 64)
+    # Size of the struct, with 17 pointers: a multiple of its alignment, 64.
+    numbers += bytes(-(len(numbers) + 136) % 64)
     row_bytes = 2 * _CHANNELS
     # The stride of a dim of size 1 may be anything.
     sizes = (batch, _CHANNELS, size)
     strides = [2 * step if n > 1 else 16 for n, step in zip(sizes, c_strides)]
     definitions = (
         ("OUT_TYPE", "BF16" if code_dtype is None else code_dtype.upper()),
-        ("HAS_BIAS", int(types[3] is not None or types[4] is not None)),
-        ("HAS_GATE_BIAS", int(types[5] is not None)),
+        ("HAS_BIAS", int(any(types[i] is not None for i in (1, 3, 4, 5)))),
         ("RAISES", int(raises)),
         ("NUM_UNITS", 6 if code_dtype is None else 7),
     )
@@ -293,12 +300,11 @@ def _make_plan(
 def shared_bytes(num_units: int, is_bf16: bool) -> int:
     """Dynamic shared memory of a CTA.
 
-    Both weights, `num_units` tiles of z, c and grad_out, dg, what is stored, ones, parameters and moments,
-    barriers.
+    Both weights, `num_units` tiles of z, c and grad_out, dg, what is stored, biases, moments, barriers.
     """
     weights = 4 * _CHANNELS * _CHANNELS
     stored = _UNIT_BYTES + _CHANNELS * (128 if is_bf16 else 64)
-    small = 2048 + 4 * 4 * _CHANNELS + 6 * 4 * _POSITIONS + 8 * (num_units + 4)
+    small = 2 * 4 * _CHANNELS + 7 * 4 * _POSITIONS + 8 * (num_units + 5)
     return weights + (num_units + 1) * _UNIT_BYTES + stored + small
 
 

@@ -2,12 +2,19 @@
 // Backward of the triangle multiplicative update's operands, for Hopper (sm_90a). With x = LN(z), for 128 of the rows of
 // Wp and Wg, whose gradient of the operand is `grad`:
 //   p = x Wp^T + bp,  g = x Wg^T + bg,  dp = mask * grad * sigmoid(g),  dg = dp * p * (1 - sigmoid(g))
-//   dWp = dp^T x,  dWg = dg^T x,  grad_x += dp Wp + dg Wg,  after the last rows grad_z = LN'(grad_x)
+//   dWp = dp^T x,  dWg = dg^T x,  grad_x = dp Wp + dg Wg,  after the last rows grad_z = LN'(grad_x)
 // Tensors are BF16; statistics, products and sums FP32. triangle_backward.py says the same in Triton.
+//
+// LN's weight and bias are put into those of p and g: with hat = (z - mean) / std,  x W^T + b = hat V^T + v. Rows of hat
+// have mean zero, so V's may, too. What is left of LN's backward:
+//   grad_hat = dp Vp + dg Vg, summed over all rows,  grad_z = (grad_hat - hat * (grad_hat . hat) / D) / std
+//   dW = (dy^T hat) * weight + db bias^T;  dweight = column sums of W * (dy^T hat);  dbias = W^T db
+// And hat is kept with a number added: sums over the channels of dy^T hat are then multiples of db, which nothing else has
+// to find.
 //
 // A launch for each 128 rows, a persistent grid of one CTA per SM, tiles of 64 positions of one row of z. The weights
 // stay in shared memory, their gradients in registers until the end. One warpgroup starts bulk copies, normalizes z where
-// it lies and finishes grad_x, which takes the place of x there; its warps do not wait for each other. Two others have 64
+// it lies, two tiles ahead of the products, and finishes grad_hat; its warps do not wait for each other. Two others have 64
 // channels each and do not wait for each other: while one makes dp and dg, the tensor cores are the other's. dp and dg lie
 // in shared memory channel by channel, and are read turned or not.
 // Compiled at run time: see nvrtc.py.
@@ -20,60 +27,59 @@
 #ifndef MASK              // 0: none, 1: FP32, 2: BF16, 3: bytes
 #define MASK 2
 #endif
-#ifndef HAS_BIAS          // of p or g
+#ifndef HAS_BIAS          // of p or g, or LN's
 #define HAS_BIAS 0
 #endif
-#ifndef HAS_GRAD          // grad_x is added to what is there
+#ifndef HAS_GRAD          // grad_hat is added to what is there
 #define HAS_GRAD 1
+#endif
+#ifndef HAS_HAT           // hat and 1 / std are read instead of z
+#define HAS_HAT 0
 #endif
 #ifndef IS_LAST           // the result is the gradient of z
 #define IS_LAST 1
-#endif
-#ifndef NUM_STAGES        // as many as there is room for
-#define NUM_STAGES (IS_LAST ? 3 : 4)
 #endif
 
 constexpr int kPositions = 64;
 constexpr int kMathThreads = 256;
 constexpr int kThreads = kMathThreads + 128;
+constexpr int kStages = 4;  // of x: products read one, the next is ready, one is normalized, one on its way
 constexpr int kHalves = DIM / 64;  // of 128 bytes
 constexpr int kPanelBytes = 64 * 128;  // 64 rows of 128 bytes
 constexpr int kStageBytes = kHalves * kPanelBytes;
 constexpr int kWeightBytes = 128 * DIM * 2;  // halves of 128 rows
 constexpr int kTotals = DIM / 2;             // of a thread: 64 rows x DIM columns
 constexpr int kOffsetStages = 2 * kWeightBytes;
-constexpr int kOffsetGrads = kOffsetStages + NUM_STAGES * kStageBytes;  // [side]: 64 channels
-constexpr int kOffsetDeltas = kOffsetGrads + 2 * kPanelBytes;            // [side]: dp, dg
-constexpr int kOffsetShares = kOffsetDeltas + 4 * kPanelBytes;           // [side]: grad_x of 64 channels
-constexpr int kOffsetStaged = kOffsetShares + 2 * kStageBytes;           // grad_x as it was; if IS_LAST, z once more
-constexpr int kOffsetNorm = kOffsetStaged + (1 + IS_LAST) * kStageBytes;
-constexpr int kOffsetFactors = kOffsetNorm + 2 * DIM * 4;
-constexpr int kOffsetTiles = kOffsetFactors + NUM_STAGES * kPositions * 4;
-constexpr int kTileSlots = 4;  // of 16 bytes, of each warp of the last warpgroup
-constexpr int kOffsetMoments = kOffsetTiles + 4 * kTileSlots * 16;  // of the tile that is being finished
-constexpr int kOffsetBarriers = kOffsetMoments + IS_LAST * kPositions * 8;
-// Lanes that finish the gradient of a row of z, eight channels each.
-constexpr int kLanes = DIM / 8;
-constexpr int kRows = 32 / kLanes;  // of a warp at a time
-constexpr int kAtOnce = 2;  // as many of these, whose steps hide each other's latency: few warps run here
+constexpr int kOffsetGrads = kOffsetStages + kStages * kStageBytes;  // [side]: 64 channels
+constexpr int kOffsetDeltas = kOffsetGrads + 2 * kPanelBytes;        // [side]: dp, dg
+constexpr int kOffsetShares = kOffsetDeltas + 4 * kPanelBytes;       // [side]: grad_hat of 64 channels; the result
+constexpr int kOffsetStaged = kOffsetShares + 2 * kStageBytes;       // grad_hat as it was
+constexpr int kOffsetFactors = kOffsetStaged + kStageBytes;          // the mask, in each stage
+constexpr int kOffsetRstds = kOffsetFactors + kStages * kPositions * 4;  // 1 / std, in each stage
+constexpr int kOffsetTiles = kOffsetRstds + kStages * kPositions * 4;    // of each stage, of each warp that finishes tiles
+constexpr int kOffsetBarriers = kOffsetTiles + 4 * kStages * 16;
+// Before the first tile, in the place of shares: v of p, then times -log2(e) of g.
+constexpr int kOffsetBias = kOffsetShares;
+// Behind the last: sums in the place of weights, of rows where gradients of the operand were.
+constexpr int kOffsetRowSums = kOffsetGrads;
 
 static_assert(DIM == 64 || DIM == 128, "channels of z");
-static_assert(NUM_STAGES == 3 || NUM_STAGES == 4, "stages for copies, the norm and products; slots for tiles");
 
 // triangle_project_backward.py packs this struct.
 struct Params {
-  TensorMap z_map;       // (bytes, columns, rows, items) in boxes of 128 bytes x 16
-  TensorMap grad_x_map;  // the same. So is the result, which takes its place
-  TensorMap p_map;  // (bytes, rows, 1) in boxes of 128 bytes x 128
-  TensorMap g_map;
+  TensorMap z_map;         // or of hat: (bytes, columns, rows, items) in boxes of 128 bytes x 16
+  TensorMap grad_hat_map;  // the same. So is the result, which takes its place
   TensorMap grad_maps[2];  // of each 64 rows: (bytes of a row, channels, rows, items) in boxes of 128 bytes x 64
   const void* mask;        // null: none. So are the next four
   const void* norm_weight;
   const void* norm_bias;
   const void* p_bias;
   const void* g_bias;
+  const float* rstds;      // with hat
+  const uint4* p_weight;
+  const uint4* g_weight;
   float* sums;       // of each CTA: dWp, dbp, dWg, dbg
-  float* norm_sums;  // of each CTA: of the norm's weight and bias
+  float* norm_sums;  // of each CTA, of this launch: of the norm's weight and bias
   float eps;
   int norm_weight_type, norm_bias_type, p_bias_type, g_bias_type;
   int first_row, num_rows;  // of the weights
@@ -83,11 +89,10 @@ struct Params {
 };
 
 struct Barriers {
-  u32 weights;
   u32 full;                       // of each stage and 16 positions: z is there
   u32 ready, empty;               // a stage holds x; products have read it
   u32 grads;                      // of each 64 channels: gradients of the operand are there
-  u32 shares_full, shares_empty;  // of each 16 positions: both shares of grad_x are there; both are read
+  u32 shares_full, shares_empty;  // of each 16 positions: both shares of grad_hat are there; may be written
   u32 staged;                     // of each 16 positions: what is behind `kOffsetStaged` is there
 };
 
@@ -119,19 +124,7 @@ __device__ __forceinline__ i64 position_of(const Params& params, const Tile& til
   return (static_cast<i64>(tile.item) * params.size + tile.row) * params.size + tile.col;
 }
 
-// --- The last warpgroup: copies, x in the place of z, grad_x
-
-__device__ __forceinline__ void load_weights(const Params& params, u32 shared, u32 barrier) {
-  if (elect_lane()) {
-    arrive_expecting(barrier, 2 * kWeightBytes);
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      load_box(shared + half * (2 * kPanelBytes), params.p_map, barrier, half * 128, params.first_row, 0);
-      load_box(shared + kWeightBytes + half * (2 * kPanelBytes), params.g_map, barrier, half * 128, params.first_row, 0);
-    }
-  }
-  __syncwarp();
-}
+// --- The last warpgroup: copies, x in the place of z, grad_hat
 
 // Bits of the mask at a position, and the number that they are.
 __device__ __forceinline__ u32 read_mask(const Params& params, i64 position) {
@@ -145,117 +138,86 @@ __device__ __forceinline__ float decode_mask(u32 bits) {
   return MASK == 2 ? low_half(bits) : static_cast<float>(bits);
 }
 
-// What a lane keeps of its eight channels between tiles: sums for the gradients of the norm's weight, then bias. They are
-// volatile, else they would take registers where others are needed more.
-struct alignas(16) NormSums {
-  float values[16];
-};
-
-__device__ __forceinline__ void load_sums(const NormSums& sums, float (&x)[16]) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    const volatile float4& four = reinterpret_cast<const volatile float4*>(sums.values)[k];
-    x[4 * k] = four.x, x[4 * k + 1] = four.y, x[4 * k + 2] = four.z, x[4 * k + 3] = four.w;
-  }
-}
-
-__device__ __forceinline__ void store_sums(NormSums& sums, const float (&x)[16]) {
-#pragma unroll
-  for (int k = 0; k < 4; ++k) {
-    volatile float4& four = reinterpret_cast<volatile float4*>(sums.values)[k];
-    four.x = x[4 * k], four.y = x[4 * k + 1], four.z = x[4 * k + 2], four.w = x[4 * k + 3];
-  }
-}
-
 // The 16 rows of a warp: both shares and what is there already, and LN's backward behind the last rows of the weights. The
-// result takes the place of x once products have read it.
-__device__ __forceinline__ void finish_rows(u32 shared, u32 stage, int warp, u32 empty, u32 parity, NormSums& norm_sums) {
-  const int lane = threadIdx.x % 32, part = lane % kLanes;
-  const u32 panel = part / 8 * kPanelBytes, norm = shared + kOffsetNorm + part * 32;
-  float col_sums[16];  // of x * hat, then of x
-  if (IS_LAST) load_sums(norm_sums, col_sums);
-#pragma unroll 1
-  for (int first = 0; first < 16; first += kAtOnce * kRows) {
-    float x[kAtOnce][8], sums[2 * kAtOnce] = {};  // of x * weight; of x * weight * hat
-    float row_moments[kAtOnce][2];  // mean / std, 1 / std
-    u32 places[kAtOnce];
+// result takes the place of the first share. A lane has a quarter of a row, as when it was normalized.
+__device__ __forceinline__ void finish_rows(u32 shared, u32 x, u32 rstds, int warp) {
+  constexpr int kChunks = DIM / 32;  // of 16 bytes
+  const int lane = threadIdx.x % 32, part = lane % 4, first = warp * 16 + (lane & 4) + lane / 8;
+  auto find_place = [&](int pass, int j) {
+    return (chunk_address(0, first, part) ^ j % 2 * 64) + j / 2 * kPanelBytes + pass * 1024;
+  };
+  // Read before anything else is stored, so that it does not wait for that; behind the last rows registers are too few.
+  u32 words[kChunks][4];
+  auto load_share = [&](int pass, int j) { load_shared(shared + kOffsetShares + find_place(pass, j), words[j]); };
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      const int row = first + i * kRows + lane / kLanes;
-      places[i] = chunk_address(panel, warp * 16 + row, part);
-      load_values(shared + kOffsetShares + places[i], x[i]);
-      add_values(shared + kOffsetShares + kStageBytes + places[i], x[i]);
-      if (HAS_GRAD) add_values(shared + kOffsetStaged + places[i], x[i]);
-      if (IS_LAST) {
-        load_shared(shared + kOffsetMoments + (warp * 16 + row) * 8, row_moments[i]);
-        u32 pairs[4];
-        load_shared(shared + kOffsetStaged + kStageBytes + places[i], pairs);
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float weight[4];
-          load_shared(norm + half * 16, weight);
-#pragma unroll
-          for (int k = 0; k < 4; ++k) {
-            const float z = k % 2 ? high_half(pairs[half * 2 + k / 2]) : low_half(pairs[half * 2 + k / 2]);
-            const float hat = z * row_moments[i][1] - row_moments[i][0];
-            const int n = half * 4 + k;
-            col_sums[n] += x[i][n] * hat;
-            col_sums[8 + n] += x[i][n];
-            x[i][n] *= weight[k];
-            sums[i] += x[i][n];
-            sums[i + kAtOnce] += x[i][n] * hat;
-          }
-        }
-      }
-    }
-    if (IS_LAST) {
-      sum_each<kLanes>(sums);
-#pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) {
-        const float rstd = row_moments[i][1], factor = rstd * (-1.0f / DIM);
-        const float product = sums[i + kAtOnce] * factor;
-        const float slope = product * rstd, offset = sums[i] * factor - product * row_moments[i][0];
-        float z[8];
-        load_values(shared + kOffsetStaged + kStageBytes + places[i], z);
-#pragma unroll
-        for (int k = 0; k < 8; ++k) x[i][k] = x[i][k] * rstd + (z[k] * slope + offset);
-      }
-    }
-    if (first == 0) wait_barrier(empty, parity);
-#pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) {
-      u32 words[4];
-#pragma unroll
-      for (int k = 0; k < 4; ++k) words[k] = pack_bf16(x[i][2 * k], x[i][2 * k + 1]);
-      store_shared(stage + places[i], words);
-    }
+  for (int j = 0; j < kChunks; ++j) {
+    if (!IS_LAST) load_share(0, j);
   }
-  if (IS_LAST) store_sums(norm_sums, col_sums);
+#pragma unroll (IS_LAST ? 1 : 2)
+  for (int pass = 0; pass < 2; ++pass) {
+    float values[kChunks][8], dots[2] = {};
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      const u32 place = find_place(pass, j);
+      if (IS_LAST) load_share(pass, j);
+#pragma unroll
+      for (int k = 0; k < 4; ++k) values[j][2 * k] = low_half(words[j][k]), values[j][2 * k + 1] = high_half(words[j][k]);
+      add_values(shared + kOffsetShares + kStageBytes + place, values[j]);
+      if (HAS_GRAD) add_values(shared + kOffsetStaged + place, values[j]);
+      if (IS_LAST) {
+        float hat[8];
+        load_values(x + place, hat);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) dots[k % 2] += values[j][k] * hat[k];
+      }
+    }
+    float rstd = 1, slope = 0;
+    if (IS_LAST) {
+      rstd = load_shared(rstds + (first + pass * 8) * 4);
+      slope = sum_lanes<4>(dots[0] + dots[1]) * rstd * (-1.0f / DIM);
+    }
+    u32 results[kChunks][4];
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      if (IS_LAST) {
+        float hat[8];
+        load_values(x + find_place(pass, j), hat);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) values[j][k] = values[j][k] * rstd + (hat[k] * slope - slope * kHatOffset);
+      }
+#pragma unroll
+      for (int k = 0; k < 4; ++k) results[j][k] = pack_bf16(values[j][2 * k], values[j][2 * k + 1]);
+    }
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) {
+      if (!IS_LAST && pass == 0) load_share(1, j);
+    }
+#pragma unroll
+    for (int j = 0; j < kChunks; ++j) store_shared(shared + kOffsetShares + find_place(pass, j), results[j]);
+  }
 }
 
 __device__ __forceinline__ void finish_tiles(const Params& params, u32 shared, const Barriers& barriers) {
-  // From lane 0, so that the compiler knows that a warp agrees on it.
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = threadIdx.x % 32;
-  const int step = gridDim.x;
-  const u32 norm = shared + kOffsetNorm, factors = shared + kOffsetFactors;
-  const int num_tiles = (params.num_tiles - static_cast<int>(blockIdx.x) + step - 1) / step;
-  const u32 tiles = shared + kOffsetTiles + warp * (kTileSlots * 16);
+  const int warp = find_warp() % 4, lane = threadIdx.x % 32;
+  const int num_ctas = gridDim.x;
+  const u32 factors = shared + kOffsetFactors, rstds = shared + kOffsetRstds;
+  const int num_tiles = (params.num_tiles - static_cast<int>(blockIdx.x) + num_ctas - 1) / num_ctas;
+  const u32 tiles = shared + kOffsetTiles + warp * (kStages * 16);
   // As `fill_z` has left it: divisions are slow.
   auto find_tile = [&](int i) {
     u32 words[4];
-    load_shared(tiles + i % kTileSlots * 16, words);
+    load_shared(tiles + i % kStages * 16, words);
     return Tile{static_cast<int>(words[0]), static_cast<int>(words[1]), static_cast<int>(words[2])};
   };
-  // A warp's 16 rows of z, where the same warp's result of a tile before may still be read from.
+  // A warp's 16 rows of z.
   auto fill_z = [&](int i) {
     if (i < num_tiles) {
       const Tile tile = i == 0 ? locate(params, blockIdx.x) : advance(params, find_tile(i - 1));
       if (elect_lane()) {
         const u32 words[4] = {static_cast<u32>(tile.item), static_cast<u32>(tile.row), static_cast<u32>(tile.col), 0};
-        const u32 barrier = barriers.full + (i % NUM_STAGES * 4 + warp) * 8;
-        const u32 target = shared + kOffsetStages + i % NUM_STAGES * kStageBytes + warp * 2048;
-        wait_for_reading_stores();
-        store_shared(tiles + i % kTileSlots * 16, words);
+        const u32 barrier = barriers.full + (i % kStages * 4 + warp) * 8;
+        const u32 target = shared + kOffsetStages + i % kStages * kStageBytes + warp * 2048;
+        store_shared(tiles + i % kStages * 16, words);
         arrive_expecting(barrier, kHalves * 2048);
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
@@ -266,136 +228,196 @@ __device__ __forceinline__ void finish_tiles(const Params& params, u32 shared, c
     }
     __syncwarp();
   };
-  // A warp's 16 rows of what grad_x is finished with.
+  // A warp's 16 rows of what grad_hat is added to.
   auto stage_rows = [&](int i) {
-    constexpr int kTensors = HAS_GRAD + IS_LAST;
-    if (kTensors > 0 && i < num_tiles) {
+    if (HAS_GRAD && i < num_tiles) {
       const Tile tile = find_tile(i);
       if (elect_lane()) {
         const u32 barrier = barriers.staged + warp * 8, target = shared + kOffsetStaged + warp * 2048;
-        const int col = tile.col + warp * 16;
-        arrive_expecting(barrier, kTensors * kHalves * 2048);
+        arrive_expecting(barrier, kHalves * 2048);
 #pragma unroll
         for (int half = 0; half < kHalves; ++half) {
-          const u32 part = target + half * kPanelBytes;
-          if (HAS_GRAD) load_box(part, params.grad_x_map, barrier, half * 128, col, tile.row, tile.item);
-          if (IS_LAST) load_box(part + kStageBytes, params.z_map, barrier, half * 128, col, tile.row, tile.item);
+          load_box(target + half * kPanelBytes, params.grad_hat_map, barrier, half * 128, tile.col + warp * 16, tile.row,
+                   tile.item);
         }
       }
     }
     __syncwarp();
   };
-  auto normalize = [&](int i) {
-    const int stage = i % NUM_STAGES;
+  // Of a tile that is finished: products may write shares again, once the result has been read, and z of a later one comes
+  // where x was, once products have read that.
+  auto release = [&](int i) {
+    if (elect_lane()) {
+      wait_for_reading_stores();
+      arrive(barriers.shares_empty + warp * 8);
+    }
+    __syncwarp();
+    if (i + kStages < num_tiles) wait_barrier(barriers.empty + i % kStages * 8, i / kStages % 2);
+    fill_z(i + kStages);
+  };
+  // In the middle, where there is time until it may be, releases a tile before.
+  auto prepare = [&](int i, int finished) {
+    const int stage = i % kStages, first = stage * kPositions + warp * 16;
     u32 mask = 0;
-    if (MASK) {
+    float rstd = 0;
+    if (MASK || (HAS_HAT && IS_LAST)) {
       const Tile tile = find_tile(i);
       const int row = warp * 16 + lane;
-      if (lane < 16 && tile.col + row < params.size) mask = read_mask(params, position_of(params, tile) + row);
+      if (lane < 16 && tile.col + row < params.size) {
+        const i64 position = position_of(params, tile) + row;
+        if (MASK) mask = read_mask(params, position);
+        if (HAS_HAT && IS_LAST) rstd = params.rstds[position];
+      }
     }
-    wait_barrier(barriers.full + (stage * 4 + warp) * 8, i / NUM_STAGES % 2);
-    const u32 tile_at = shared + kOffsetStages + stage * kStageBytes;
-    const float2 moments = normalize_row_pairs<DIM, kPanelBytes>(tile_at, norm, warp, params.eps, [&] {
-      // The stage whose result was stored last: by now it has been read.
-      if (i > 1) fill_z(i + NUM_STAGES - 2);
-    });
-    if (MASK) {
-      pin_value(mask);  // until here it is on its way
-      if (lane < 16) store_shared(factors + (stage * kPositions + warp * 16 + lane) * 4, decode_mask(mask));
+    wait_barrier(barriers.full + (stage * 4 + warp) * 8, i / kStages % 2);
+    auto release_finished = [&] {
+      if (finished >= 0) release(finished);
+    };
+    if (HAS_HAT) {
+      release_finished();
+    } else {
+      normalize_row_pairs<DIM, kPanelBytes>(shared + kOffsetStages + stage * kStageBytes, rstds + first * 4, warp,
+                                            params.eps, release_finished);
+      publish_writes();
     }
-    publish_writes();
+    if (MASK) pin_value(mask);  // until here it is on its way
+    if (lane < 16) {
+      if (MASK) store_shared(factors + (first + lane) * 4, decode_mask(mask));
+      if (HAS_HAT && IS_LAST) store_shared(rstds + (first + lane) * 4, rstd);
+    }
     __syncwarp();
     if (lane == 0) arrive(barriers.ready + stage * 8);
-    return moments;
   };
-  auto finish = [&](int i, NormSums& state) {
-    const int stage = i % NUM_STAGES;
-    const u32 target = shared + kOffsetStages + stage * kStageBytes;
-    if (HAS_GRAD || IS_LAST) wait_barrier(barriers.staged + warp * 8, i % 2);
+  auto finish = [&](int i) {
+    const int stage = i % kStages;
+    if (HAS_GRAD) wait_barrier(barriers.staged + warp * 8, i % 2);
     wait_barrier(barriers.shares_full + warp * 8, i % 2);
-    finish_rows(shared, target, warp, barriers.empty + stage * 8, i / NUM_STAGES % 2, state);
+    finish_rows(shared, shared + kOffsetStages + stage * kStageBytes, rstds + stage * kPositions * 4, warp);
     publish_writes();
     __syncwarp();
     const Tile tile = find_tile(i);
     if (elect_lane()) {
-      arrive(barriers.shares_empty + warp * 8);
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        store_box(params.grad_x_map, target + half * kPanelBytes + warp * 2048, half * 128, tile.col + warp * 16,
-                  tile.row, tile.item);
+        store_box(params.grad_hat_map, shared + kOffsetShares + half * kPanelBytes + warp * 2048, half * 128,
+                  tile.col + warp * 16, tile.row, tile.item);
       }
       commit_stores();
     }
     __syncwarp();
     stage_rows(i + 1);
   };
-  NormSums state;
-  if (IS_LAST) store_sums(state, {});
-  if (warp == 0) load_weights(params, shared, barriers.weights);
-  for (int i = 0; i < NUM_STAGES; ++i) fill_z(i);
+  for (int i = 0; i < kStages; ++i) fill_z(i);
   stage_rows(0);
-  const float2 moments = normalize(0);
-  if (IS_LAST) store_moments(shared + kOffsetMoments, warp, moments);
+  prepare(0, -1);
+  if (num_tiles > 1) prepare(1, -1);
 #pragma unroll 1
   for (int i = 0; i < num_tiles; ++i) {
-    // One tile ahead, so that the products always have work.
-    float2 next = make_float2(0, 0);
-    if (i + 1 < num_tiles) next = normalize(i + 1);
-    finish(i, state);
-    if (IS_LAST) store_moments(shared + kOffsetMoments, warp, next);
+    finish(i);
+    if (i + 2 < num_tiles) {
+      prepare(i + 2, i);
+    } else {
+      release(i);
+    }
   }
   if (elect_lane()) wait_for_stores();
   __syncwarp();
-  if (IS_LAST) {
-    // Rows of a warp, then warps, in a fixed order.
-    float* sums = params.norm_sums + static_cast<i64>(blockIdx.x) * (2 * DIM);
-    const u32 parts = shared + kOffsetShares;  // which all warps have read behind the barrier
-    sync_group(2);
-    float col_sums[16];
-    load_sums(state, col_sums);
-#pragma unroll
-    for (int k = 0; k < 16; ++k) {
-      float sum = col_sums[k];
-#pragma unroll
-      for (int mask = kLanes; mask < 32; mask *= 2) sum += __shfl_xor_sync(~0u, sum, mask);
-      if (lane < kLanes) store_shared(parts + (warp * 2 * DIM + k / 8 * DIM + lane * 8 + k % 8) * 4, sum);
-    }
-    sync_group(2);
-    for (int i = threadIdx.x % 128; i < 2 * DIM; i += 128) {
-      float sum = 0;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) sum += load_shared(parts + (w * 2 * DIM + i) * 4);
-      sums[i] = sum;
-    }
-  }
 }
 
 // --- The other two: 64 channels each
 
 // Rows of p and g: 64 channels x 64 positions each.
-__device__ __forceinline__ void start_projections(float (&p)[32], float (&g)[32], u64 weights, u64 x) {
+__device__ __forceinline__ void start_projections(float (&p)[32], float (&g)[32], u32 shared, int side, int stage) {
+  const u64 weights = matrix_descriptor(shared + side * kPanelBytes);
+  const u64 x = matrix_descriptor(shared + kOffsetStages + stage * kStageBytes);
   pin_registers(p);
   pin_registers(g);
   begin_products();
 #pragma unroll
   for (int k = 0; k < DIM / 16; ++k) {
-    const int at_weights = k / 4 * (2 * kPanelBytes / 16) + k % 4 * 2, at_x = k / 4 * (kPanelBytes / 16) + k % 4 * 2;
-    multiply_bf16<0>(p, weights + at_weights, x + at_x, k > 0);
-    multiply_bf16<0>(g, weights + kWeightBytes / 16 + at_weights, x + at_x, k > 0);
+    const u32 at_weights = k / 4 * (2 * kPanelBytes / 16) + k % 4 * 2, at_x = k / 4 * (kPanelBytes / 16) + k % 4 * 2;
+    multiply_bf16<0>(p, step(weights, at_weights), step(x, at_x), k > 0);
+    multiply_bf16<0>(g, step(weights, kWeightBytes / 16 + at_weights), step(x, at_x), k > 0);
   }
   commit_products();
 }
 
-// Of a thread's two channels.
-struct ChannelState {
-  float p_bias[2], g_bias[2], p_sums[2], g_sums[2];
+// grad_hat of 64 channels: 64 positions x DIM.
+__device__ __forceinline__ void start_share(float (&grad_hat)[kTotals], u32 shared, int side) {
+  const u64 deltas = turned_descriptor(shared + kOffsetDeltas + side * (2 * kPanelBytes), kPanelBytes);
+  const u64 weights = turned_descriptor(shared + side * kPanelBytes, 2 * kPanelBytes);
+  pin_registers(grad_hat);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < 8; ++k) {  // 16 channels of dp, then of dg
+    multiply_bf16<1, 1>(grad_hat, step(deltas, k / 4 * (kPanelBytes / 16) + k % 4 * 128),
+                        step(weights, k / 4 * (kWeightBytes / 16) + k % 4 * 128), k > 0);
+  }
+  commit_products();
+}
+
+__device__ __forceinline__ void start_totals(float (&p_totals)[kTotals], float (&g_totals)[kTotals], u32 shared, int side,
+                                             int stage) {
+  const u64 deltas = matrix_descriptor(shared + kOffsetDeltas + side * (2 * kPanelBytes));
+  const u64 x = turned_descriptor(shared + kOffsetStages + stage * kStageBytes, kPanelBytes);
+  pin_registers(p_totals);
+  pin_registers(g_totals);
+  begin_products();
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {  // 16 positions
+    multiply_bf16<0, 1>(p_totals, step(deltas, k * 2), step(x, k * 128), 1);
+    multiply_bf16<0, 1>(g_totals, step(deltas, kPanelBytes / 16 + k * 2), step(x, k * 128), 1);
+  }
+  commit_products();
+}
+
+// V and v of p and g, from all threads of the two warpgroups: DIM / 8 lanes have a row. All is read before anything is
+// written: the latency of one load.
+__device__ __forceinline__ void prepare_weights(const Params& params, u32 shared) {
+  constexpr int kLanes = DIM / 8, kRows = kMathThreads / kLanes, kPasses = 128 / kRows;
+  const int thread = thread_index(), chunk = thread % kLanes, first = thread / kLanes;
+  float weight[8], bias[8];
+  uint4 raw[2][kPasses];
+#pragma unroll
+  for (int pass = 0; pass < kPasses; ++pass) {
+    const int index = (params.first_row + first + pass * kRows) * kLanes + chunk;
+    raw[0][pass] = params.p_weight[index];
+    raw[1][pass] = params.g_weight[index];
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    weight[i] = read_or(params.norm_weight, chunk * 8 + i, params.norm_weight_type, 1);
+    bias[i] = read_or(params.norm_bias, chunk * 8 + i, params.norm_bias_type, 0);
+  }
+#pragma unroll
+  for (int kind = 0; kind < 2; ++kind) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
+      const int row = first + pass * kRows;
+      float shift;
+      u32 words[4];
+      fold_norm<kLanes>(raw[kind][pass], weight, bias, words, shift);
+      store_shared(chunk_address(shared + kind * kWeightBytes + chunk / 8 * (2 * kPanelBytes), row, chunk), words);
+      if (HAS_BIAS && chunk == 0) {
+        const int type = kind ? params.g_bias_type : params.p_bias_type;
+        shift += read_or(kind ? params.g_bias : params.p_bias, params.first_row + row, type, 0);
+        store_shared(shared + kOffsetBias + (kind * 128 + row) * 4, kind ? shift * -1.44269504f : shift);
+      }
+    }
+  }
+  publish_writes();
+}
+
+// Of a thread's two channels; g's is times -log2(e).
+struct Biases {
+  float p[2], g[2];
 };
 
 // dp and dg of this warp's 16 channels, from p and g, into shared memory. Column 8 * j + i of a product: a lane has i of
 // 2 * (lane % 4) and the next.
 __device__ __forceinline__ void store_deltas(const float (&p)[32], const float (&g)[32], u32 grads, u32 factors,
-                                             u32 deltas, int warp, ChannelState& state) {
-  const int lane = threadIdx.x % 32;
+                                             u32 deltas, const Biases& biases) {
+  const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32;
   const u32 source = chunk_address(grads, warp * 16 + lane / 4, 0) + lane % 4 * 4;
   const u32 target = chunk_address(deltas, warp * 16 + lane % 16, lane / 16);
 #pragma unroll
@@ -414,12 +436,10 @@ __device__ __forceinline__ void store_deltas(const float (&p)[32], const float (
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
           const int n = j * 4 + half * 2 + k;
-          float p_value = p[n], g_value = g[n];
-          if (HAS_BIAS) p_value += state.p_bias[half], g_value += state.g_bias[half];
-          const float gate = sigmoid(g_value);
+          const float gate = sigmoid(g[n], HAS_BIAS ? biases.g[half] : 0);
           dp[k] = (MASK ? grad[k] * factor[k] : grad[k]) * gate;
-          dg[k] = dp[k] * p_value * (1.0f - gate);
-          if (HAS_BIAS) state.p_sums[half] += dp[k], state.g_sums[half] += dg[k];
+          const float product = dp[k] * (HAS_BIAS ? p[n] + biases.p[half] : p[n]);
+          dg[k] = product - product * gate;
         }
         p_words[i * 2 + half] = pack_bf16(dp[0], dp[1]);
         g_words[i * 2 + half] = pack_bf16(dg[0], dg[1]);
@@ -430,68 +450,71 @@ __device__ __forceinline__ void store_deltas(const float (&p)[32], const float (
   }
 }
 
-// grad_x of this warp's 16 positions, as BF16.
-__device__ __forceinline__ void store_share(const float (&grad_x)[kTotals], u32 share, int warp) {
-  const int lane = threadIdx.x % 32;
+// grad_hat of this warp's 16 positions, as BF16.
+__device__ __forceinline__ void store_share(const float (&grad_hat)[kTotals], u32 share) {
+  const int thread = thread_index(), warp = thread / 32 % 4, lane = thread % 32;
   const u32 target = chunk_address(share, warp * 16 + lane % 16, lane / 16);
 #pragma unroll
   for (int pair = 0; pair < DIM / 16; ++pair) {
     u32 words[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) words[i] = pack_bf16(grad_x[pair * 8 + i * 2], grad_x[pair * 8 + i * 2 + 1]);
+    for (int i = 0; i < 4; ++i) words[i] = pack_bf16(grad_hat[pair * 8 + i * 2], grad_hat[pair * 8 + i * 2 + 1]);
     store_matrices((target ^ pair % 4 * 32) + pair / 4 * kPanelBytes, words);
   }
 }
 
-__device__ __forceinline__ void store_totals(float* target, const float (&totals)[kTotals]) {
-#pragma unroll
-  for (int n = 0; n < kTotals; n += 2) {
-    *reinterpret_cast<float2*>(target + n / 2 % 2 * 8 * DIM + n / 4 * 8) = make_float2(totals[n], totals[n + 1]);
-  }
+// This CTA's part of the gradients of parameters, by way of shared memory, which nothing else uses any more.
+__device__ __forceinline__ void store_totals(const Params& params, u32 shared, float (&p_totals)[kTotals],
+                                             float (&g_totals)[kTotals]) {
+  const int col = thread_index() % DIM;
+  const float weight = read_or(params.norm_weight, col, params.norm_weight_type, 1);
+  const float bias = read_or(params.norm_bias, col, params.norm_bias_type, 0);
+  const int rows = params.num_rows, first = params.first_row;
+  float* sums = params.sums + static_cast<i64>(blockIdx.x) * (2 * rows * (DIM + 1));
+  float* g_sums = sums + rows * (DIM + 1);
+  float norm_sums[2] = {};
+  sync_pair(0);
+  store_weight_sums<DIM>(p_totals, shared, shared + kOffsetRowSums, params.p_weight + first * (DIM / 8), weight, bias,
+                         sums + first * DIM, sums + rows * DIM + first, norm_sums);
+  store_weight_sums<DIM>(g_totals, shared, shared + kOffsetRowSums, params.g_weight + first * (DIM / 8), weight, bias,
+                         g_sums + first * DIM, g_sums + rows * DIM + first, norm_sums);
+  store_norm_sums<DIM>(norm_sums, shared, params.norm_sums + blockIdx.x * (2 * DIM));
 }
 
 // Gradients of the operand, of 64 channels.
-__device__ __forceinline__ void load_grads(const Params& params, int index, int side, u32 target, u32 barrier) {
+__device__ __forceinline__ void load_grads(const Params& params, int index, u32 shared, const Barriers& barriers, int side) {
   const Tile tile = locate(params, index);
   if (elect_lane()) {
+    const u32 barrier = barriers.grads + side * 8;
     arrive_expecting(barrier, kPanelBytes);
-    load_box(target, params.grad_maps[side], barrier, tile.col * 2, params.first_channels[side], tile.row, tile.item);
+    load_box(shared + kOffsetGrads + side * kPanelBytes, params.grad_maps[side], barrier, tile.col * 2,
+             params.first_channels[side], tile.row, tile.item);
   }
   __syncwarp();
 }
 
-// `side` is a constant, and so are the addresses of all operands: registers are scarce here.
-template <int side>
 __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared, const Barriers& barriers) {
-  // From lane 0, so that the compiler knows that a warp agrees on it.
-  const int warp = __shfl_sync(~0u, static_cast<int>(threadIdx.x) / 32 % 4, 0), lane = threadIdx.x % 32;
-  const u32 grads = shared + kOffsetGrads + side * kPanelBytes, grads_full = barriers.grads + side * 8;
-  const u32 deltas_at = shared + kOffsetDeltas + side * (2 * kPanelBytes);
-  const u32 share = shared + kOffsetShares + side * kStageBytes;
-  const u64 weights = matrix_descriptor(shared + side * kPanelBytes);
-  const u64 turned_weights = turned_descriptor(shared + side * kPanelBytes, 2 * kPanelBytes);
-  const u64 x = matrix_descriptor(shared + kOffsetStages);
-  const u64 turned_x = turned_descriptor(shared + kOffsetStages, kPanelBytes);
-  const u64 deltas = matrix_descriptor(deltas_at);
-  const u64 turned_deltas = turned_descriptor(deltas_at, kPanelBytes);
-  ChannelState state;
+  int side = find_warp() / 4;
+  prepare_weights(params, shared);
+  sync_pair(0);
+  Biases biases;
+  if (HAS_BIAS) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (HAS_BIAS) {
-      const int row = params.first_row + side * 64 + warp * 16 + lane / 4;
-      state.p_bias[half] = read_or(params.p_bias, row + half * 8, params.p_bias_type, 0);
-      state.g_bias[half] = read_or(params.g_bias, row + half * 8, params.g_bias_type, 0);
+    for (int half = 0; half < 2; ++half) {
+      const int thread = thread_index();
+      const u32 bias = shared + kOffsetBias + (thread / 32 * 16 + thread % 32 / 4 + half * 8) * 4;
+      biases.p[half] = load_shared(bias);
+      biases.g[half] = load_shared(bias + 512);
     }
-    state.p_sums[half] = state.g_sums[half] = 0;
+    sync_pair(0);  // shares come there
   }
   float p_totals[kTotals], g_totals[kTotals];
 #pragma unroll
   for (int n = 0; n < kTotals; ++n) p_totals[n] = g_totals[n] = 0;
   float p[32], g[32];
-  if (warp == 0) load_grads(params, blockIdx.x, side, grads, grads_full);
-  wait_barrier(barriers.weights, 0);
+  if (find_warp() % 4 == 0) load_grads(params, blockIdx.x, shared, barriers, side);
   wait_barrier(barriers.ready, 0);
-  start_projections(p, g, weights, x);
+  start_projections(p, g, shared, side, 0);
   wait_for_products();
   pin_registers(p);
   pin_registers(g);
@@ -499,71 +522,42 @@ __device__ __forceinline__ void multiply_tiles(const Params& params, u32 shared,
   int i = 0;
 #pragma unroll 1
   do {
-    const int stage = i % NUM_STAGES;
-    wait_barrier(grads_full, i % 2);
+    const int stage = i % kStages;
+    wait_barrier(barriers.grads + side * 8, i % 2);
     sync_group(side);  // all warps are done with dp and dg of the tile before
-    store_deltas(p, g, grads, shared + kOffsetFactors + stage * (kPositions * 4), deltas_at, warp, state);
+    store_deltas(p, g, shared + kOffsetGrads + side * kPanelBytes, shared + kOffsetFactors + stage * (kPositions * 4),
+                 shared + kOffsetDeltas + side * (2 * kPanelBytes), biases);
     publish_writes();
     sync_group(side);
-    float grad_x[kTotals];
-    pin_registers(grad_x);
-    pin_registers(p_totals);
-    pin_registers(g_totals);
-    begin_products();
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {  // 16 channels
-      multiply_bf16<1, 1>(grad_x, turned_deltas + k * 128, turned_weights + k * 128, k > 0);
-    }
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      multiply_bf16<1, 1>(grad_x, turned_deltas + kPanelBytes / 16 + k * 128,
-                          turned_weights + kWeightBytes / 16 + k * 128, 1);
-    }
-    commit_products();
-    const u64 tile = turned_x + stage * (kStageBytes / 16);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {  // 16 positions
-      multiply_bf16<0, 1>(p_totals, deltas + k * 2, tile + k * 128, 1);
-      multiply_bf16<0, 1>(g_totals, deltas + kPanelBytes / 16 + k * 2, tile + k * 128, 1);
-    }
-    commit_products();
-    if (warp == 0 && i + 1 < num_tiles) {
-      load_grads(params, blockIdx.x + (i + 1) * gridDim.x, side, grads, grads_full);
+    float grad_hat[kTotals];
+    start_share(grad_hat, shared, side);
+    start_totals(p_totals, g_totals, shared, side, stage);
+    const int warp = find_warp();
+    side = warp / 4;  // else addresses made of it would be kept, and spilled
+    if (warp % 4 == 0 && i + 1 < num_tiles) {
+      load_grads(params, blockIdx.x + (i + 1) * gridDim.x, shared, barriers, side);
     }
     __syncwarp();
     wait_for_older_products();
-    pin_registers(grad_x);
-    wait_barrier(barriers.shares_empty + warp * 8, i % 2 ^ 1);
-    store_share(grad_x, share, warp);
+    pin_registers(grad_hat);
+    wait_barrier(barriers.shares_empty + warp % 4 * 8, i % 2 ^ 1);
+    store_share(grad_hat, shared + kOffsetShares + side * kStageBytes);
     __syncwarp();
-    if (lane == 0) arrive(barriers.shares_full + warp * 8);
+    if (elect_lane()) arrive(barriers.shares_full + warp % 4 * 8);
     // The next tile's, or of the last tile once more: products under a condition would be serialized.
     const int next = min(i + 1, num_tiles - 1);
-    wait_barrier(barriers.ready + next % NUM_STAGES * 8, next / NUM_STAGES % 2);
-    start_projections(p, g, weights, x + next % NUM_STAGES * (kStageBytes / 16));
+    wait_barrier(barriers.ready + next % kStages * 8, next / kStages % 2);
+    start_projections(p, g, shared, side, next % kStages);
     wait_for_older_products();
     __syncwarp();
-    if (lane == 0) arrive(barriers.empty + stage * 8);
+    if (elect_lane()) arrive(barriers.empty + stage * 8);
     wait_for_products();
     pin_registers(p_totals);
     pin_registers(g_totals);
     pin_registers(p);
     pin_registers(g);
   } while (++i < num_tiles);
-  const int rows = params.num_rows;
-  const int row = params.first_row + side * 64 + warp * 16 + lane / 4;  // and the eighth behind it
-  float* sums = params.sums + static_cast<i64>(blockIdx.x) * (2 * rows * (DIM + 1));
-  float* g_sums = sums + rows * (DIM + 1);
-  store_totals(sums + row * DIM + lane % 4 * 2, p_totals);
-  store_totals(g_sums + row * DIM + lane % 4 * 2, g_totals);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const float p_sum = sum_lanes<4>(state.p_sums[half]), g_sum = sum_lanes<4>(state.g_sums[half]);
-    if (lane % 4 == 0) {
-      sums[rows * DIM + row + half * 8] = p_sum;
-      g_sums[rows * DIM + row + half * 8] = g_sum;
-    }
-  }
+  store_totals(params, shared, p_totals, g_totals);
 }
 
 extern "C" __global__ void __launch_bounds__(kThreads, 1) project_backward(const __grid_constant__ Params params) {
@@ -580,19 +574,14 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) project_backward(const
     return first;
   };
   Barriers barriers;
-  barriers.weights = make(1, 1);
-  barriers.full = make(NUM_STAGES * 4, 1);
-  barriers.ready = make(NUM_STAGES, 4);
-  barriers.empty = make(NUM_STAGES, kMathThreads / 32);
+  barriers.full = make(kStages * 4, 1);
+  barriers.ready = make(kStages, 4);
+  barriers.empty = make(kStages, kMathThreads / 32);
   barriers.grads = make(2, 1);
   barriers.shares_full = make(4, 2);
   barriers.shares_empty = make(4, 1);
   barriers.staged = make(4, 1);
   if (threadIdx.x == 0) publish_barriers();
-  for (int i = threadIdx.x; i < DIM; i += kThreads) {
-    store_shared(shared + kOffsetNorm + i * 4, read_or(params.norm_weight, i, params.norm_weight_type, 1));
-    store_shared(shared + kOffsetNorm + (DIM + i) * 4, read_or(params.norm_bias, i, params.norm_bias_type, 0));
-  }
   __syncthreads();
   // The three warpgroups start with 168 registers a thread each, in sum 504 = 56 + 2 * 224. With 216 instead of 224, or
   // with a SPIN_LIMIT, ptxas 13.0 serializes all products (C7512): their sums alone are 192.
@@ -601,10 +590,6 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) project_backward(const
     finish_tiles(params, shared, barriers);
   } else {
     take_registers<224>();
-    if (threadIdx.x < 128) {
-      multiply_tiles<0>(params, shared, barriers);
-    } else {
-      multiply_tiles<1>(params, shared, barriers);
-    }
+    multiply_tiles(params, shared, barriers);
   }
 }

@@ -17,13 +17,14 @@ import torch
 
 from . import triangle_tiles as tiles
 from .nvrtc import Kernel, encode_tensor_map
-from .triangle_backward import InputGradients
+from .triangle_backward import InputGradients, NormShare, check_share
 from .triangle_tiles import GatedProjection, Norm
 
 _POSITIONS = 64
 _ROWS = 128  # of the weights, in one launch
 _CHANNELS = 64  # of one operand, of each half of those rows
 _NUM_THREADS = 384
+_STAGES = 4
 # As the kernel's `read` counts them.
 _PARAMETER_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 # As its definition `MASK` does.
@@ -37,7 +38,7 @@ def find_reason_against(
     norm: Norm,
     projection: GatedProjection,
     mask: Optional[torch.Tensor],
-    grad_x: Optional[torch.Tensor] = None,
+    share: Optional[NormShare] = None,
 ) -> Optional[str]:
     """None if `project_backward` takes the tensors, or the reason why not.
 
@@ -54,7 +55,13 @@ def find_reason_against(
     dim, hidden = z.shape[-1], projection.weight_p.shape[0] // 2
     if dim not in (64, 128) or hidden % _CHANNELS or not hidden:
         return f"D must be 64 or 128 and H a multiple of 64; they came as {dim} and {hidden}"
-    for name, x in (("z", z), ("grad_x", grad_x)):
+    grad_hat = None if share is None else share.grad_hat
+    for name, x in (
+        ("z", z),
+        ("the weights", projection.weight_p),
+        ("the weights", projection.weight_g),
+        ("grad_hat", grad_hat),
+    ):
         if x is not None and x.data_ptr() % 16:
             return f"{name} must begin at a multiple of 16 bytes and is at {x.data_ptr() % 16} modulo 16"
     for name, x in (("grad_a", grad_a), ("grad_b", grad_b)):
@@ -84,12 +91,12 @@ def project_backward(
     norm: Norm,
     projection: GatedProjection,
     mask: Optional[torch.Tensor],
-    grad_x: Optional[torch.Tensor] = None,
+    share: Optional[NormShare] = None,
 ) -> InputGradients:
     """Backward of `triangle_project.project_operands`: gradients of z, of LN and of the projection.
 
     One kernel for each 128 rows of the weights, which makes the gradients of activations and of weights at once: two
-    for H = 128. Between them the gradient of ``x = LN(z)`` lies in BF16 where that of z will.
+    for H = 128. Between them the gradient of ``hat = (z - mean) / std`` lies in BF16 where that of z will.
 
     Parameters
     ----------
@@ -103,8 +110,8 @@ def project_backward(
         BF16 weights ``[2 H, D]``, H a multiple of 64; biases FP32 or BF16.
     mask : torch.Tensor, optional
         ``[B, N, N]``, FP32, BF16 or bool. It gets no gradient.
-    grad_x : torch.Tensor, optional
-        BF16 ``[B, N, N, D]``: a further gradient of x. Its memory is used for the gradient of z.
+    share : NormShare, optional
+        What `output_backward` has found of LN's backward. Its memory is used for the gradient of z.
 
     Returns
     -------
@@ -124,10 +131,10 @@ def project_backward(
     >>> project_backward(grad, grad, z, Norm(None, None), projection, None).z.shape
     torch.Size([1, 20, 20, 64])
     """
-    _check(grad_a, grad_b, z, norm, projection, mask, grad_x)
+    _check(grad_a, grad_b, z, norm, projection, mask, share)
     if mask is not None:
         mask = tiles.check_mask(mask, z)
-    grad_z = torch.empty_like(z) if grad_x is None else grad_x
+    grad_z = torch.empty_like(z) if share is None else share.grad_hat
     dim, rows = z.shape[3], projection.weight_p.shape[0]
     device_index = z.get_device()
     tiles_per_row = -(-z.shape[2] // _POSITIONS)
@@ -135,17 +142,23 @@ def project_backward(
     num_ctas = min(num_tiles, tiles.num_multiprocessors(device_index))
     make = torch.empty if num_ctas else torch.zeros
     sums = make((max(num_ctas, 1), 2 * rows * (dim + 1)), dtype=torch.float32, device=z.device)
-    norm_sums = make((max(num_ctas, 1), 2 * dim), dtype=torch.float32, device=z.device)
+    num_launches = rows // _ROWS
+    norm_sums = make(
+        (num_launches * max(num_ctas, 1), 2 * dim), dtype=torch.float32, device=z.device
+    )
     if num_ctas:
-        maps = _encode_maps(z, grad_z, projection)
+        hat, rstds = (None, None) if share is None else (share.hat, share.rstds)
+        maps = _encode_maps(z if hat is None else hat, grad_z)
         for first in range(0, rows, _ROWS):
             is_first, is_last = first == 0, first + _ROWS == rows
-            has_grad = grad_x is not None or not is_first
+            has_grad = share is not None or not is_first
+            added = (norm.bias, projection.bias_p, projection.bias_g)
             definitions = (
                 ("DIM", dim),
                 ("MASK", 0 if mask is None else _MASK_TYPES[mask.dtype]),
-                ("HAS_BIAS", int(projection.bias_p is not None or projection.bias_g is not None)),
+                ("HAS_BIAS", int(any(x is not None for x in added))),
                 ("HAS_GRAD", int(has_grad)),
+                ("HAS_HAT", int(hat is not None)),
                 ("IS_LAST", int(is_last)),
             )
             grads, channels = [], []
@@ -153,9 +166,11 @@ def project_backward(
                 grad, channel = (grad_a, row) if row < rows // 2 else (grad_b, row - rows // 2)
                 grads.append(_encode_grad_map(grad))
                 channels.append(channel)
-            pointers = (mask, *norm[:2], *projection[1::2], sums, norm_sums)
+            own_norm_sums = norm_sums[first // _ROWS * num_ctas :]
+            biases, weights = projection[1::2], projection[::2]
+            pointers = (mask, *norm[:2], *biases, rstds, *weights, sums, own_norm_sums)
             values = struct.pack(
-                "<7Qf13i",
+                "<10Qf13i",
                 *(0 if x is None else x.data_ptr() for x in pointers),
                 norm.eps,
                 *(0 if x is None else _PARAMETER_TYPES[x.dtype] for x in pointers[1:5]),
@@ -173,21 +188,22 @@ def project_backward(
             kernel.launch(num_ctas, b"".join((*maps, *grads, values)), device_index)
     shapes = ((rows, dim), (rows,), (rows, dim), (rows,))
     grads = GatedProjection(*tiles.cast_sums(sums, tuple(projection), shapes))
+    if share is not None:
+        norm_sums = torch.cat((share.norm_sums, norm_sums))
     norm_grads = tiles.cast_sums(norm_sums, (norm.weight, norm.bias), ((dim,),) * 2)
     return InputGradients(grad_z, Norm(*norm_grads, norm.eps), grads)
 
 
-def shared_bytes(dim: int, is_last: bool) -> int:
-    """Dynamic shared memory of a CTA: weights, tiles, the norm's parameters, masks, places, barriers."""
+def shared_bytes(dim: int) -> int:
+    """Dynamic shared memory of a CTA: weights, tiles, the mask, moments, places, barriers."""
     weights = 2 * _ROWS * dim * 2
-    num_stages = 3 if is_last else 4
-    # A tile of x in each stage; grad_x of both halves of the rows, what it is added to, and z.
-    positions = (num_stages + 3 + is_last) * _POSITIONS * dim * 2
+    # A tile of x in each stage; grad_hat of both halves of the rows, and what it is added to.
+    positions = (_STAGES + 3) * _POSITIONS * dim * 2
     # The operand's gradient, dp and dg.
     channels = 3 * _ROWS * _POSITIONS * 2
-    # Weights and biases of the norm, the mask, places of tiles, moments of rows.
-    small = 2 * dim * 4 + num_stages * _POSITIONS * 4 + 4 * 4 * 16 + is_last * _POSITIONS * 8
-    return weights + positions + channels + small + 8 * (1 + 6 * num_stages + 14)
+    # The mask and 1 / std of positions, places of tiles.
+    small = _STAGES * (2 * _POSITIONS * 4 + 4 * 16)
+    return weights + positions + channels + small + 8 * (6 * _STAGES + 14)
 
 
 def _check(
@@ -197,7 +213,7 @@ def _check(
     norm: Norm,
     projection: GatedProjection,
     mask: Optional[torch.Tensor],
-    grad_x: Optional[torch.Tensor],
+    share: Optional[NormShare],
 ) -> None:
     tiles.check_z(z)
     for name, grad in (("grad_a", grad_a), ("grad_b", grad_b)):
@@ -210,33 +226,20 @@ def _check(
     dim, rows = z.shape[3], 2 * grad_a.shape[1]
     tiles.check_norm("norm", norm, dim, z.device)
     tiles.check_projection("projection", projection, (rows, dim), (rows, dim), z.device)
-    if grad_x is not None:
-        tiles.check_tensor("grad_x", grad_x, tuple(z.shape), z.device)
-        if grad_x.dtype != z.dtype:
-            raise TypeError(f"`grad_x` must be {z.dtype} as z and came as {grad_x.dtype}")
-    reason = find_reason_against(grad_a, grad_b, z, norm, projection, mask, grad_x)
+    check_share(share, z)
+    reason = find_reason_against(grad_a, grad_b, z, norm, projection, mask, share)
     if reason is not None:
         raise ValueError(f"{reason}; use triangle_backward")
 
 
-def _encode_maps(
-    z: torch.Tensor, grad_z: torch.Tensor, projection: GatedProjection
-) -> tuple[bytes, ...]:
-    """Of z and the gradient of x, 16 positions at a time, and of both weights."""
+def _encode_maps(z: torch.Tensor, grad_z: torch.Tensor) -> tuple[bytes, ...]:
+    """Of z, or hat, and the gradient of z, 16 positions at a time."""
     batch, size, _, dim = z.shape
     sizes = (2 * dim, size, size, batch)
     strides = (2 * dim, 2 * size * dim, 2 * size * size * dim)
-    positions = [
+    return tuple(
         encode_tensor_map(x.data_ptr(), sizes, strides, (128, 16, 1, 1)) for x in (z, grad_z)
-    ]
-    rows = projection.weight_p.shape[0]
-    weights = [
-        encode_tensor_map(
-            x.data_ptr(), (2 * dim, rows, 1), (2 * dim, 2 * dim * rows), (128, _ROWS, 1)
-        )
-        for x in projection[::2]
-    ]
-    return (*positions, *weights)
+    )
 
 
 def _encode_grad_map(grad: torch.Tensor) -> bytes:
@@ -260,5 +263,5 @@ def _get_kernel(definitions: tuple) -> Kernel:
         "project_backward",
         values,
         _NUM_THREADS,
-        shared_bytes(values["DIM"], bool(values["IS_LAST"])),
+        shared_bytes(values["DIM"]),
     )
