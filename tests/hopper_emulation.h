@@ -211,6 +211,8 @@ inline void arrive_expecting(u32 address, u32 bytes) {
 
 inline void arrive_after_copies(u32 address) { arrive(address); }
 
+inline void wait_for_kernel_before() {}
+
 // --- Copies
 
 inline bool elect_lane() { return threadIdx.x % 32 == 0; }

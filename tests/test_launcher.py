@@ -6,11 +6,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sass import disassemble
+
 from transformer_engine_batched.kernels import (
     channel_last,
     float8_quantize,
     launcher,
+    nvrtc,
     tensor_amax,
+    triangle_output,
+    triangle_output_backward,
+    triangle_project,
+    triangle_project_backward,
 )
 from transformer_engine_batched.kernels.launcher import BoundLaunch
 
@@ -70,3 +77,56 @@ def test_casts_wait_for_the_search_alone(module, can_wait, monkeypatch):
     assert search[0] is tensor_amax._amax_kernel and not search[2] and search[1][-1] is can_wait
     assert delayed[1][place] is delayed[2] is False
     assert current[1][place] is current[2] is can_wait
+
+
+def make_kernels():
+    """One form of each kernel in CUDA C++ of the triangle block."""
+    sizes = (("DIM", 128), ("HIDDEN", 128))
+    return {
+        "project_operands": triangle_project._get_kernel((*sizes, ("OUT_TYPE", "E4M3")), 232448),
+        "project_output": triangle_output._get_kernel(sizes),
+        "output_backward": triangle_output_backward._get_kernel(
+            (("OUT_TYPE", "E5M2"), ("NUM_UNITS", 7))
+        ),
+        "project_backward": triangle_project_backward._get_kernel((("DIM", 128), ("IS_LAST", 1))),
+    }
+
+
+@pytest.mark.parametrize("name", make_kernels())
+def test_cuda_kernels_that_start_early_wait_before_they_read(name, tmp_path):
+    """ACQBULK is griddepcontrol.wait; the others are launched behind the kernel before."""
+    kernel = make_kernels()[name]
+    assert kernel._waits == (name in ("project_operands", "project_output"))
+    cubin = nvrtc.compile_cubin(nvrtc._read_source(kernel._file_name), kernel._definitions)
+    lines = disassemble(cubin, tmp_path).splitlines()
+    reads = [i for i, line in enumerate(lines) if " LDG" in line or " UTMALDG" in line]
+    waits = [i for i, line in enumerate(lines) if "ACQBULK" in line]
+    assert reads and len(waits) == kernel._waits and all(i < reads[0] for i in waits)
+
+
+@pytest.mark.parametrize("waits", (True, False))
+def test_option_of_cuda_kernels(waits, monkeypatch):
+    """The launch that starts early says so to the driver, and where and how large it is."""
+    calls = []
+    monkeypatch.setattr(nvrtc, "_call_driver", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 5, raising=False)
+    kernel = nvrtc.Kernel("made_up.cu", "made_up", {}, 384, 1000, waits=waits)
+    kernel._functions[0] = "function"
+    kernel.launch(7, b"struct", 0)
+    kernel.launch(8, b"struct", 0)
+    driver = nvrtc.load_bindings().driver
+    for (function, *arguments), num_ctas in zip(calls, (7, 8), strict=True):
+        if not waits:
+            assert function is driver.cuLaunchKernel
+            assert arguments[:9] == ["function", num_ctas, 1, 1, 384, 1, 1, 1000, 5]
+            continue
+        config, name, _, _ = arguments
+        assert function is driver.cuLaunchKernelEx and name == "function"
+        assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (num_ctas, 1, 1)
+        assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (384, 1, 1)
+        assert (config.sharedMemBytes, int(config.hStream)) == (1000, 5)
+        (attribute,) = config.attrs
+        wanted = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        assert attribute.id == wanted and config.numAttrs == 1
+        assert attribute.value.programmaticStreamSerializationAllowed == 1

@@ -79,6 +79,9 @@ __device__ __forceinline__ void sync_group(u32 group) { asm volatile("bar.sync %
 // All threads of two neighbouring warpgroups.
 __device__ __forceinline__ void sync_pair(u32 pair) { asm volatile("bar.sync %0, 256;" ::"r"(pair + 9) : "memory"); }
 
+// Until the kernel before is done, where this one was launched early, and its writes can be seen.
+__device__ __forceinline__ void wait_for_kernel_before() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
 // --- Copies
 
 // True for one lane of a warp, always the same; all of them ask. Bulk copies are for it alone, in code that whole warps reach

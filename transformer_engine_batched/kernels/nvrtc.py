@@ -24,6 +24,7 @@ import torch
 TENSOR_MAP_BYTES = 128
 _OPTIONS = (b"--gpu-architecture=sm_90a", b"--std=c++17")
 _lock = threading.Lock()
+_thread_state = threading.local()
 
 
 class _Bindings(NamedTuple):
@@ -134,6 +135,9 @@ class Kernel:
         See `compile_cubin`.
     num_threads, shared_bytes : int
         Threads and dynamic shared memory of a CTA.
+    waits : bool, default = False
+        Programmatic dependent launch: CTAs start where the kernel before has none left. All of them must call
+        `wait_for_kernel_before` before they read or write tensors.
     """
 
     def __init__(
@@ -143,12 +147,14 @@ class Kernel:
         definitions: Mapping[str, Union[int, str]],
         num_threads: int,
         shared_bytes: int,
+        waits: bool = False,
     ) -> None:
         self._file_name = file_name
         self._entry = entry
         self._definitions = definitions
         self._num_threads = num_threads
         self._shared_bytes = shared_bytes
+        self._waits = waits
         self._functions: dict[int, Any] = {}
 
     def launch(self, num_ctas: int, parameters: bytes, device_index: int) -> None:
@@ -160,6 +166,12 @@ class Kernel:
         function = self._functions.get(device_index) or self._load(device_index)
         # The driver copies the struct before the call returns.
         pointer = ctypes.c_char_p(parameters)
+        if self._waits:
+            config = _make_config(num_ctas, self._num_threads, self._shared_bytes)
+            config.hStream = torch._C._cuda_getCurrentRawStream(device_index)
+            driver = load_bindings().driver
+            _call_driver(driver.cuLaunchKernelEx, config, function, ctypes.addressof(pointer), 0)
+            return
         _call_driver(
             load_bindings().driver.cuLaunchKernel,
             function,
@@ -189,6 +201,28 @@ class Kernel:
                 )
                 self._functions[device_index] = function
             return self._functions[device_index]
+
+
+def _make_config(num_ctas: int, num_threads: int, shared_bytes: int) -> Any:
+    """Of a programmatic dependent launch, but for the stream. A thread's own: another may launch meanwhile."""
+    configs = _thread_state.__dict__.setdefault("configs", {})
+    key = (num_ctas, num_threads, shared_bytes)
+    config = configs.get(key)
+    if config is None:
+        if len(configs) >= 256:
+            configs.clear()
+        driver = load_bindings().driver
+        attribute = driver.CUlaunchAttribute()
+        names = driver.CUlaunchAttributeID
+        attribute.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = num_ctas, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = num_threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.attrs, config.numAttrs = [attribute], 1
+        configs[key] = config
+    return config
 
 
 @lru_cache(maxsize=None)

@@ -276,6 +276,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) project_output(const _
     for (int i = 0; i < kGroups; ++i) init_barrier(shared + kOffsetBarriers + i * 8, 1);
     publish_barriers();
   }
+  wait_for_kernel_before();
   load_weight(params.p_weight, HIDDEN, shared);
   load_weight(params.g_weight, DIM, shared + kOffsetGate);
   for (int i = threadIdx.x; i < DIM + HIDDEN; i += kThreads) {

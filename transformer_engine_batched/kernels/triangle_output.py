@@ -188,4 +188,5 @@ def shared_bytes(dim: int, hidden: int) -> int:
 def _get_kernel(definitions: tuple) -> Kernel:
     values = dict(definitions)
     num_bytes = shared_bytes(values["DIM"], values["HIDDEN"])
-    return Kernel("triangle_output.cu", "project_output", values, 128 * _NUM_GROUPS, num_bytes)
+    threads = 128 * _NUM_GROUPS
+    return Kernel("triangle_output.cu", "project_output", values, threads, num_bytes, waits=True)

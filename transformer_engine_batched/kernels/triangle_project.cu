@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Both operands of the triangle multiplicative update's contraction, for Hopper (sm_90a):
-//   x = LN(z);  [a | b] = mask * sigmoid(x Wg^T + bg) * (x Wp^T + bp), as codes [2, items, HIDDEN, padded, padded]
+//   x = LN(z);  [a | b] = mask * sigmoid(x Wg^T + bg) * (x Wp^T + bp), each [items, HIDDEN, padded, padded]
 // z and weights are BF16; statistics, products and gates FP32. triangle_forward.py says the same in Triton.
 //
 // A persistent grid of one CTA per SM walks tiles of 128 positions of a padded matrix. All weights stay in shared memory.
@@ -76,7 +76,7 @@ struct Params {
   const void* norm_bias;
   const void* p_bias;
   const void* g_bias;
-  char* out;
+  char* outs[2];        // a, b
   const float* scales;  // null: from amaxes
   float* amaxes;
   float* scale_invs;  // 16 bytes apart, as cuBLASLt wants them
@@ -84,7 +84,7 @@ struct Params {
   float eps, amax_epsilon;
   int mask_type, norm_weight_type, norm_bias_type, p_bias_type, g_bias_type;  // 0: FP32, 1: BF16, 2: bytes
   int is_power_of_2;
-  int size, padded, num_items, num_tiles;
+  int size, padded, num_tiles;
   int box_positions;     // divides kPositions and padded
   int is_column_major;   // consecutive tiles lie below each other: neighbours in memory when the first index is contracted
 };
@@ -367,8 +367,8 @@ __device__ __forceinline__ void project_tiles(const Params& params, int warp, u3
     const u64 positions = stages + ring.stage * (kStageBytes / 16);
     const u32 factors = shared + kOffsetFactors + ring.stage * (kPositions * 4) + epilogue.member * 16;
     const i64 area = static_cast<i64>(params.padded) * params.padded;
-    const i64 matrix = static_cast<i64>(side * params.num_items + tile.item) * HIDDEN + channel;
-    epilogue.out = params.out + (matrix * area + tile.position + epilogue.member * kVector) * kOutBytes;
+    const i64 matrix = static_cast<i64>(tile.item) * HIDDEN + channel;
+    epilogue.out = params.outs[side] + (matrix * area + tile.position + epilogue.member * kVector) * kOutBytes;
     int num_inside[kGroups] = {};
     if (!IS_EVEN) {
 #pragma unroll
@@ -433,6 +433,7 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) project_operands(const
     init_barrier(barriers.weights, 1);
     publish_barriers();
   }
+  wait_for_kernel_before();
   for (int i = threadIdx.x; i < DIM; i += kThreads) {
     store_shared(shared + kOffsetNorm + i * 4, read_or(params.norm_weight, i, params.norm_weight_type, 1));
     store_shared(shared + kOffsetNorm + (DIM + i) * 4, read_or(params.norm_bias, i, params.norm_bias_type, 0));

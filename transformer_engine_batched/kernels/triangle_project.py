@@ -157,12 +157,16 @@ def project_operands(
     batch, size, _, _ = z.shape
     hidden, device_index = projection.weight_p.shape[0] // 2, z.get_device()
     padded = tiles.pad(size)
-    both = empty_strided(
-        (2, batch, hidden, padded, padded),
-        (batch * hidden * padded * padded, hidden * padded * padded, padded * padded, padded, 1),
-        torch.bfloat16 if fp8_dtype is None else torch.uint8,
-        device_index,
-    )
+    # Two tensors, not parts of one: backward frees one before the other.
+    operands = [
+        empty_strided(
+            (batch, hidden, padded, padded),
+            (hidden * padded * padded, padded * padded, padded, 1),
+            torch.bfloat16 if fp8_dtype is None else torch.uint8,
+            device_index,
+        )
+        for _ in range(2)
+    ]
     scale_invs = None
     if fp8_dtype is not None:
         # Each at an address of 16 bytes, which cuBLASLt asks of a scale.
@@ -170,13 +174,13 @@ def project_operands(
     if z.numel():
         # The amax is found unless it is what the scale is computed from.
         raises = amaxes is not None and (scales is not None or fp8_dtype is None)
-        outputs = (both, scales, amaxes, scale_invs)
+        outputs = (*operands, scales, amaxes, scale_invs)
         options = (mode, _OUT_TYPES[fp8_dtype], raises, force_pow_2_scales, amax_epsilon)
         _launch(z, norm, projection, mask, outputs, options)
     elif scale_invs is not None:
         scale_invs.fill_(1.0) if scales is None else torch.reciprocal(scales, out=scale_invs)
-    a_turned, b_turned = turn_codes(both).unbind() if turned else (None, None)
-    a, b = both.unbind() if kept else (None, None)
+    a_turned, b_turned = map(turn_codes, operands) if turned else (None, None)
+    a, b = operands if kept else (None, None)
     return Operands(a, b, a_turned, b_turned, scale_invs)
 
 
@@ -187,7 +191,7 @@ def find_operand_amaxes(
     amaxes = torch.zeros(2, dtype=torch.float32, device=z.device)
     if z.numel():
         options = ("outgoing", "NONE", True, False, 0.0)
-        _launch(z, norm, projection, mask, (None, None, amaxes, None), options)
+        _launch(z, norm, projection, mask, (None, None, None, amaxes, None), options)
     return amaxes
 
 
@@ -247,7 +251,7 @@ def _launch(
         encode_tensor_map(z.data_ptr(), *plan.z_map),
         encode_tensor_map(weight_p.data_ptr(), *plan.weight_map),
         encode_tensor_map(weight_g.data_ptr(), *plan.weight_map),
-        struct.pack("<9Q", *[0 if x is None else x.data_ptr() for x in pointers]),
+        struct.pack("<10Q", *[0 if x is None else x.data_ptr() for x in pointers]),
         plan.numbers,
     )
     plan.kernel.launch(plan.num_ctas, b"".join(parts), device_index)
@@ -282,7 +286,7 @@ def _make_plan(
     box_positions = math.gcd(padded, _POSITIONS)
     mask_steps = (size, 1) if mode == "outgoing" else (1, size)
     numbers = struct.pack(
-        "<3q2f12i",
+        "<3q2f11i",
         *mask_steps,
         size * size,
         eps,
@@ -292,13 +296,12 @@ def _make_plan(
         force_pow_2_scales,
         size,
         padded,
-        batch,
         num_tiles,
         box_positions,
         mode == "incoming" and padded % _POSITIONS == 0,
     )
-    # Size of the struct, with nine pointers: a multiple of its alignment, 64.
-    numbers += bytes(-(len(numbers) + 72) % 64)
+    # Size of the struct, with ten pointers: a multiple of its alignment, 64.
+    numbers += bytes(-(len(numbers) + 80) % 64)
     return _Plan(
         _get_kernel(definitions, shared_bytes(dim, rows // 2)),
         min(num_tiles, num_multiprocessors),
@@ -314,6 +317,7 @@ def _make_plan(
 
 @lru_cache(maxsize=None)
 def _get_kernel(definitions: tuple, num_bytes: int) -> Kernel:
+    values = dict(definitions)
     return Kernel(
-        "triangle_project.cu", "project_operands", dict(definitions), _NUM_THREADS, num_bytes
+        "triangle_project.cu", "project_operands", values, _NUM_THREADS, num_bytes, waits=True
     )
