@@ -499,5 +499,5 @@ def _cast_kernel(
         _cast_line(
             x_ptr, transposed_ptr, scale_ptr, amax_ptr, scale_inv_ptr, col, rows, channels, items,
             num_cols, num_rows, num_channels, col_stride, row_stride, amax_epsilon,
-            POWER_OF_2, E5M2, EVEN, MULTIPLE, NUM_PARTIALS, WAITS, not IS_BOTH, "evict_first" if IS_BOTH else "",
+            POWER_OF_2, E5M2, EVEN, MULTIPLE, NUM_PARTIALS, WAITS, not IS_BOTH, "",
         )  # fmt: skip
