@@ -251,7 +251,7 @@ class Step:
             out = self.call(x.z, x.mask)
         product = None
         if self.is_ours:
-            from transformer_engine_batched.triangle_autograd import saved_product
+            from transformer_engine_batched.triangle.autograd import saved_product
 
             product = saved_product(out)
         torch.autograd.grad(out, x.z, x.grad)  # delayed scaling counts passes

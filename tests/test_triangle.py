@@ -35,7 +35,7 @@ from triangle_reference import (
 )
 
 import transformer_engine_batched as teb
-from transformer_engine_batched import triangle
+from transformer_engine_batched.triangle import block as triangle
 from transformer_engine_batched.support import CPU, Device
 
 GRADIENT_FORMATS = {"delayed": "e5m2", "current": "e5m2", "mxfp8": "e4m3", "block": "e4m3"}

@@ -15,13 +15,13 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from triangle_reference import Size, exact_result, make_inputs, overall_sqnr
 
 import transformer_engine_batched as teb
-from transformer_engine_batched import triangle as block_module
 from transformer_engine_batched.kernels import (
     triangle,
     triangle_output,
     triangle_project,
     triangle_tiles,
 )
+from transformer_engine_batched.triangle import block as block_module
 
 __all__ = ["folder"]
 SIZE = Size(2, 17, 64, 64)

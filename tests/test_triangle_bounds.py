@@ -18,7 +18,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from triangle_reference import Size, assert_close, exact_result, make_inputs, overall_sqnr
 
 import transformer_engine_batched as teb
-from transformer_engine_batched import triangle, triangle_bounds
+from transformer_engine_batched.triangle import block as triangle, bounds as triangle_bounds
 
 SIZE = Size(1, 48, 32, 32)
 

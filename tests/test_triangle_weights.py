@@ -20,7 +20,7 @@ from transformer_engine.pytorch.quantization import FP8GlobalStateManager
 from triangle_reference import Size, make_inputs, overall_sqnr, randomize
 
 import transformer_engine_batched as teb
-from transformer_engine_batched import triangle
+from transformer_engine_batched.triangle import block as triangle
 
 SIZE = Size(2, 11, 12, 20)
 

@@ -35,7 +35,7 @@ from .plan import limit_sms
 from .quantization_error import QuantizationError, quantization_error
 from .quantize import quantize
 from .quantized_bmm.switch import disable_quantized_bmm, enable_quantized_bmm
-from .triangle import TriangleMultiplication
+from .triangle.block import TriangleMultiplication
 
 _plugin.attach()
 

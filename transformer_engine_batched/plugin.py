@@ -10,7 +10,7 @@ from .batched_einsum import BatchedEinsum
 from .gemm import batched_general_gemm
 from .module import BatchedMatmul
 from .te_interop.recipes import all_recipes_supported
-from .triangle import TriangleMultiplication
+from .triangle.block import TriangleMultiplication
 
 
 def attach() -> None:

@@ -22,9 +22,9 @@ from triangle_reference import (
 )
 
 import transformer_engine_batched as teb
-from transformer_engine_batched import triangle, triangle_bounds
 from transformer_engine_batched.kernels import triangle as kernels
-from transformer_engine_batched.triangle_autograd import saved_product
+from transformer_engine_batched.triangle import block as triangle, bounds as triangle_bounds
+from transformer_engine_batched.triangle.autograd import saved_product
 
 BF16 = torch.bfloat16
 # (recipe, scaling)

@@ -74,7 +74,7 @@ def bound_scales(
     with torch.no_grad():
         weights = (norm_weight, norm_bias, p_weight, p_bias)
         if p_weight.is_cuda:
-            from .kernels import triangle_bounds  # Triton takes a second to import
+            from ..kernels import triangle_bounds  # Triton takes a second to import
 
             return triangle_bounds.find_scales(
                 *weights, _ROUNDING, _CANCELLATION, FP8_MAX[fp8_dtype]

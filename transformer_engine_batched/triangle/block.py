@@ -2,7 +2,7 @@
 """`TriangleMultiplication`: the triangle multiplicative update of AlphaFold as a Transformer Engine module.
 
 Holds the parameters, the recipe's state (its base class) and the choice between two pipelines of the same
-arithmetic: "composed", torch operations around a batched product, and "fused" (`triangle_autograd`).
+arithmetic: "composed", torch operations around a batched product, and "fused" (`autograd`).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Callable, NamedTuple, Optional
 import torch
 from transformer_engine.common.recipe import Recipe
 
-from . import triangle_weights
-from .autograd import Quantization, differentiable_matmul
-from .batched_einsum import contract
-from .emulation import current_emulation
-from .errors import UnsupportedError
-from .module import run_between_graphs
-from .plan import describe_device
-from .recipe_module import RecipeModule
-from .support import Device
-from .te_interop.quantizers import make_quantizer_of_scale, quantizer_fp8_dtype
-from .te_interop.tensors import HIGH_PRECISION_DTYPES
-from .triangle_autograd import PARAMETERS, Settings, multiply_triangle
-from .triangle_bounds import bound_scales
+from ..autograd import Quantization, differentiable_matmul
+from ..batched_einsum import contract
+from ..emulation import current_emulation
+from ..errors import UnsupportedError
+from ..module import run_between_graphs
+from ..plan import describe_device
+from ..recipe_module import RecipeModule
+from ..support import Device
+from ..te_interop.quantizers import make_quantizer_of_scale, quantizer_fp8_dtype
+from ..te_interop.tensors import HIGH_PRECISION_DTYPES
+from . import weights as public_weights
+from .autograd import PARAMETERS, Settings, multiply_triangle
+from .bounds import bound_scales
 
 _EQUATIONS = {"outgoing": "bikd,bjkd->bijd", "incoming": "bkid,bkjd->bijd"}
 MODES = tuple(_EQUATIONS)
@@ -114,7 +114,7 @@ class TriangleMultiplication(RecipeModule):
     scaling : {"recipe", "bound"}
         Where the scales of `a` and `b` come from under a recipe with one scale per tensor. "recipe": from
         amaxes, as the recipe says. "bound": from the weights alone, ``448 / max_d(sqrt(dim) |w_d| + ...)``
-        (`triangle_bounds.bound_operands`), which no `z` can exceed: neither history nor a pass over
+        (`bounds.bound_operands`), which no `z` can exceed: neither history nor a pass over
         the data, right from the first step on, and the same for every batch and rank. The mask must lie within
         [0, 1]. The gradient's scale is the recipe's. Without a recipe it has no effect.
     init : {"alphafold", "normal"}
@@ -235,7 +235,7 @@ class TriangleMultiplication(RecipeModule):
     @classmethod
     def from_openfold(
         cls,
-        source: triangle_weights.Source,
+        source: public_weights.Source,
         mode: str,
         *,
         prefix: str = "",
@@ -261,14 +261,14 @@ class TriangleMultiplication(RecipeModule):
         ValueError
             If weights are missing or unknown, or the module says it is of the other mode.
         """
-        weights = triangle_weights.read_openfold(source, prefix)
-        triangle_weights.check_mode(source, mode)
+        weights = public_weights.read_openfold(source, prefix)
+        public_weights.check_mode(source, mode)
         return cls._from_weights(weights, mode, options)
 
     @classmethod
     def from_boltz(
         cls,
-        source: triangle_weights.Source,
+        source: public_weights.Source,
         mode: str,
         *,
         prefix: str = "",
@@ -278,11 +278,11 @@ class TriangleMultiplication(RecipeModule):
 
         Arguments and errors are those of `from_openfold`.
         """
-        return cls._from_weights(triangle_weights.read_boltz(source, prefix), mode, options)
+        return cls._from_weights(public_weights.read_boltz(source, prefix), mode, options)
 
     @classmethod
     def _from_weights(
-        cls, weights: triangle_weights.BlockWeights, mode: str, options: dict
+        cls, weights: public_weights.BlockWeights, mode: str, options: dict
     ) -> TriangleMultiplication:
         like = weights.tensors["p_in_weight"]
         defaults = {"params_dtype": like.dtype, "device": like.device}

@@ -20,14 +20,14 @@ import torch
 from torch.autograd import forward_ad
 from transformer_engine.pytorch.quantized_tensor import Quantizer
 
-from .autograd import Quantization, with_switches, current_switches
-from .gemm import multiply_codes
-from .te_interop.quantizers import (
+from ..autograd import Quantization, with_switches, current_switches
+from ..gemm import multiply_codes
+from ..te_interop.quantizers import (
     current_scaling_options,
     is_delayed_quantizer,
     quantizer_fp8_dtype,
 )
-from .te_interop.tensors import HIGH_PRECISION_DTYPES, Codes
+from ..te_interop.tensors import HIGH_PRECISION_DTYPES, Codes
 
 # Order of the parameters as `multiply_triangle` takes them and gives their gradients.
 PARAMETERS = tuple(
@@ -150,7 +150,7 @@ def _compute(
     settings: Settings,
     needs_operands: bool,
 ) -> _Forward:
-    from .kernels import triangle  # Triton takes a second to import
+    from ..kernels import triangle  # Triton takes a second to import
 
     z = z.contiguous()
     layers = _make_layers(parameters, settings)
@@ -195,7 +195,7 @@ class _Layers(NamedTuple):
 
 
 def _make_layers(parameters: tuple[Optional[torch.Tensor], ...], settings: Settings) -> _Layers:
-    from .kernels.triangle_tiles import GatedProjection, Norm
+    from ..kernels.triangle_tiles import GatedProjection, Norm
 
     norm_in, p_in, g_in, norm_out, p_out, g_out = zip(parameters[::2], parameters[1::2])
 
@@ -216,7 +216,7 @@ def _operand_options(
     z: torch.Tensor, mask: Optional[torch.Tensor], layers: _Layers, settings: Settings
 ) -> dict[str, object]:
     """What decides the scales of `a` and `b`."""
-    from .kernels import triangle
+    from ..kernels import triangle
 
     quantization = settings.quantization
     if not quantization.is_enabled:
@@ -286,7 +286,7 @@ def _compute_gradients(
     ctx: torch.autograd.function.FunctionCtx, grad_output: torch.Tensor
 ) -> tuple[Optional[torch.Tensor], ...]:
     """Gradients of z and of the parameters, None where not needed."""
-    from .kernels import triangle
+    from ..kernels import triangle
 
     settings = ctx.settings
     z, mask, c, a, b, scale_invs, *parameters = ctx.saved_tensors
