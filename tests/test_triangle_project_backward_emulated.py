@@ -156,6 +156,9 @@ class TestRefusals:
         share = NormShare(shifted, torch.zeros(1, 128))
         reason = find_reason_against(grad_a, grad_b, z, norm, projection, mask, share)
         assert "grad_hat must begin at a multiple" in reason
+        share = make_share(data, data.grad_out)._replace(hat=shifted)
+        reason = find_reason_against(grad_a, grad_b, z, norm, projection, mask, share)
+        assert reason.startswith("hat must begin at a multiple")
         odd = grad_b.contiguous()
         reason = find_reason_against(grad_a, odd, z, norm, projection, mask)
         assert "rows of grad_b must begin at multiples of 16 bytes" in reason
@@ -170,6 +173,10 @@ class TestRefusals:
             project_backward(
                 grad_a, grad_b, *others, share._replace(grad_hat=share.grad_hat.float())
             )
+        with pytest.raises(ValueError, match="`share.hat` and `share.rstds` must come together"):
+            project_backward(grad_a, grad_b, *others, share._replace(rstds=None))
+        with pytest.raises(TypeError, match="`share.rstds` must be float32"):
+            project_backward(grad_a, grad_b, *others, share._replace(rstds=share.rstds.bfloat16()))
         with pytest.raises(ValueError, match=r"`share.norm_sums` must be float32 \[S, 128\]"):
             project_backward(
                 grad_a, grad_b, *others, share._replace(norm_sums=share.norm_sums[:, :-1])

@@ -55,13 +55,8 @@ def find_reason_against(
     dim, hidden = z.shape[-1], projection.weight_p.shape[0] // 2
     if dim not in (64, 128) or hidden % _CHANNELS or not hidden:
         return f"D must be 64 or 128 and H a multiple of 64; they came as {dim} and {hidden}"
-    grad_hat = None if share is None else share.grad_hat
-    for name, x in (
-        ("z", z),
-        ("the weights", projection.weight_p),
-        ("the weights", projection.weight_g),
-        ("grad_hat", grad_hat),
-    ):
+    grad_hat, hat = (None, None) if share is None else (share.grad_hat, share.hat)
+    for name, x in (("z", z), ("grad_hat", grad_hat), ("hat", hat)):
         if x is not None and x.data_ptr() % 16:
             return f"{name} must begin at a multiple of 16 bytes and is at {x.data_ptr() % 16} modulo 16"
     for name, x in (("grad_a", grad_a), ("grad_b", grad_b)):
