@@ -42,7 +42,7 @@ from transformer_engine_batched.kernels import (
     triangle_tiles,
     triangle_weight_gradients,
 )
-from transformer_engine_batched.kernels.triangle_backward import NormShare
+from transformer_engine_batched.kernels.triangle_gradients import NormShare
 from transformer_engine_batched.kernels.triangle_tiles import GatedProjection, Norm, Tile
 from transformer_engine_batched.kernels.turn_codes import turn_codes
 

@@ -22,6 +22,7 @@ from triangle_kernel_cases import (
     find_expected,
     make_data,
 )
+from triangle_operand_gradients import find_output_share
 
 from transformer_engine_batched.kernels import (
     triangle_backward,
@@ -400,6 +401,10 @@ class TestInterpreted:
             assert states["amax"].item() == pytest.approx(amax, rel=2.0**-8)
         assert_all_near(found.norm_out[:2], expected.norm_out, bound, "norm_out")
         assert_all_near(found.output, expected.output, bound, "output")
+        share = find_output_share(data)
+        assert_near(found.norm_in.grad_hat, share.grad_hat.double(), bound, "grad_hat")
+        sums = [x.norm_sums.double().sum(0).view(2, -1) for x in (found.norm_in, share)]
+        assert_all_near(*sums, bound, "norm_in_sums")
         grads = project_backward(
             data.grad_a,
             data.grad_b,

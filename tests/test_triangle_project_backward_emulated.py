@@ -12,7 +12,7 @@ from triangle_kernel_cases import VALUE_DB, Case, assert_all_near, assert_near, 
 from triangle_operand_gradients import find_operand_gradients, make_share
 
 from transformer_engine_batched.kernels import nvrtc, triangle_project_backward, triangle_tiles
-from transformer_engine_batched.kernels.triangle_backward import NormShare
+from transformer_engine_batched.kernels.triangle_gradients import NormShare
 from transformer_engine_batched.kernels.triangle_project_backward import (
     find_reason_against,
     project_backward,
@@ -79,6 +79,34 @@ def test_values(case, given):
     assert_near(found.z, expected.z, VALUE_DB[BF16], "z")
     assert_all_near(found.norm[:2], expected.norm, VALUE_DB[BF16], "norm")
     assert_all_near(found.projection, expected.projection, VALUE_DB[BF16], "projection")
+
+
+@pytest.mark.parametrize("has_hat", (True, False))
+def test_a_warp_that_lags(has_hat, monkeypatch):
+    """Nothing that its products still read is overwritten: the results are the same, to the bit."""
+    # The first warp has the positions. One CTA: tiles follow one another.
+    data = make_data(SMALL._replace(n=4))
+    monkeypatch.setattr(triangle_tiles, "num_multiprocessors", lambda device_index: 1)
+    share = make_share(data, data.grad_out)
+    if not has_hat:
+        share = share._replace(hat=None, rstds=None)
+
+    def run():
+        return project_backward(*inputs(data), share._replace(grad_hat=share.grad_hat.clone()))
+
+    expected = run()
+    made = triangle_project_backward._get_kernel
+    monkeypatch.setattr(
+        triangle_project_backward,
+        "_get_kernel",
+        lambda definitions: made((*definitions, ("LAGGING_WARP", 0), ("LAG_MS", 300))),
+    )
+    found = run()
+    for mine, other in zip(
+        (found.z, *found.norm[:2], *found.projection),
+        (expected.z, *expected.norm[:2], *expected.projection),
+    ):
+        assert torch.equal(mine, other)
 
 
 def test_large_mean():

@@ -8,7 +8,7 @@ from typing import NamedTuple, Optional
 import torch
 from triangle_kernel_cases import Data
 
-from transformer_engine_batched.kernels.triangle_backward import NormShare
+from transformer_engine_batched.kernels.triangle_gradients import NormShare
 
 
 class OperandGradients(NamedTuple):
@@ -59,3 +59,18 @@ def find_operand_gradients(data: Data, grad_x: Optional[torch.Tensor]) -> Operan
     loss.backward()
     found = (tuple(None if x is None else x.grad for x in values) for values in (norm, projection))
     return OperandGradients(z.grad, *found)
+
+
+def find_output_share(data: Data) -> NormShare:
+    """What the output's backward leaves: the output gate's part of the gradient of LN_in's output, by autograd."""
+    z, c, grad_out = (x.double() for x in (data.z, data.c, data.grad_out))
+    norms = [
+        [None if x is None else x.double() for x in norm[:2]]
+        for norm in (data.norm_in, data.norm_out)
+    ]
+    functional = torch.nn.functional
+    wo, bo, wgo, bgo = (None if x is None else x.double() for x in data.output)
+    x = functional.layer_norm(z, z.shape[-1:], *norms[0], data.norm_in.eps).requires_grad_()
+    y = functional.layer_norm(c.permute(0, 2, 3, 1), c.shape[1:2], *norms[1], data.norm_out.eps)
+    out = functional.linear(y, wo, bo) * functional.linear(x, wgo, bgo).sigmoid()
+    return make_share(data, torch.autograd.grad(out, x, grad_out)[0])

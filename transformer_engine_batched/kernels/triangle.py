@@ -16,8 +16,8 @@ from typing import Callable, NamedTuple, Optional
 import torch
 
 from . import nvrtc, triangle_backward, triangle_forward
-from .triangle_backward import InputGradients, NormShare, OutputGradients
 from .triangle_forward import Operands
+from .triangle_gradients import InputGradients, NormShare, OutputGradients
 from .triangle_tiles import GatedProjection, Norm
 
 

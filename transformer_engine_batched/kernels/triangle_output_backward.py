@@ -19,8 +19,8 @@ from . import triangle_tiles as tiles
 from .float8_quantize import quantize_float8_current
 from .memory import empty_strided
 from .nvrtc import Kernel, encode_tensor_map
-from .triangle_backward import NormShare, OutputGradients
 from .triangle_forward import check_output
+from .triangle_gradients import NormShare, OutputGradients
 from .triangle_tiles import GatedProjection, Norm
 from .turn_codes import turn_codes
 
@@ -133,7 +133,7 @@ def output_backward(
 
     Returns
     -------
-    triangle_backward.OutputGradients
+    triangle_gradients.OutputGradients
 
     Raises
     ------

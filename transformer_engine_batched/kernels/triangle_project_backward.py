@@ -17,7 +17,7 @@ import torch
 
 from . import triangle_tiles as tiles
 from .nvrtc import Kernel, encode_tensor_map
-from .triangle_backward import InputGradients, NormShare, check_share
+from .triangle_gradients import InputGradients, NormShare, check_share
 from .triangle_tiles import GatedProjection, Norm
 
 _POSITIONS = 64
